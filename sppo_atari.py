@@ -1,0 +1,586 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "gymnasium==1.4.0",
+#   "ale-py==0.12.1",
+#   "mujoco==4.0.0",
+#   "box2d==2.3.10",
+#   "pygame-ce==2.5.8",
+#   "tyro==1.0.17",
+#   "tensorboard==2.21.0",
+#   "tqdm==4.70.1",
+#   "imageio[ffmpeg]==2.38.1",
+# ]
+# ///
+"""SPPO on Atari: PPO with the symmetric loss of Byun and Perrault (ICML 2025, arXiv 2405.17618).
+
+With π the probability of the action taken, π_old the same when it was taken, r = π / π_old and A the advantage:
+
+    forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)    PPO's clipped objective
+    reverse = −m · A · Z · (1 − π) / π_old      after reverse cross-entropy; Z < 0 stands for log 0,
+                                                m is 1 where the clipped objective has a gradient, else 0
+    policy loss = α · forward + β · reverse
+    loss = policy loss − ent_coef · entropy + vf_coef · value loss
+
+The algorithm, as `main` runs it:
+
+    for each iteration
+        play num_envs games for num_steps steps                   collect
+        add noise to the rewards (only if asked for)              flip_rewards
+        advantages A by GAE, returns = A + values                 gae
+        for each epoch, for each minibatch                        update
+            normalise A, take a gradient step on the loss         normalize, symmetric_ppo_loss
+    play full games and report their raw score                    evaluate
+
+    python sppo_atari.py --env-id ALE/Breakout-v5
+    python sppo_atari.py --env-id WizardOfWorNoFrameskip-v4 --reward-noise 0.1 --seed 2
+"""
+
+import difflib
+import math
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import ale_py
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+
+
+@dataclass
+class Args:
+    """SPPO on Atari. Defaults are the settings of the paper's released code."""
+
+    env_id: str = "ALE/Breakout-v5"
+    """the game; `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4` mean the same"""
+    seed: int = 1
+    """seed of the run: weights, games, actions, minibatches, noise"""
+    total_timesteps: int = 5_000_000
+    """environment steps, each of 4 frames; the last incomplete batch is left out"""
+    num_envs: int = 8
+    """games played side by side"""
+    num_steps: int = 128
+    """steps in each game per iteration"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 4
+    """passes over each batch"""
+    learning_rate: float = 2.5e-4
+    """step size of Adam"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to 0"""
+    gamma: float = 0.99
+    """discount factor γ"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    clip_coef: float = 0.1
+    """clip range ε"""
+    anneal_clip: bool = True
+    """lower the clip range linearly to 0"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """end an iteration's updates after an epoch whose mean approximate KL exceeds this"""
+
+    alpha: float = 0.5
+    """α, weight of the forward (PPO) term"""
+    beta: float = 1.0
+    """β, weight of the reverse term; the released code's example for one game (WizardOfWor), not a tuned value"""
+    Z: float = -1.0
+    """Z < 0, the stand-in for log 0; only β·Z matters"""
+    importance_weighted_reverse: bool = True
+    """divide the reverse term by π_old, as the released code does"""
+    reward_noise: float = 0.0
+    """probability, per step and game, that the learner sees 1 − reward; reported scores stay clean"""
+    advantage_noise: float = 0.0
+    """probability that a sample's advantage changes sign, redrawn for every minibatch"""
+    repeat_action_probability: float = 0.0
+    """sticky actions: probability that a game repeats the last action"""
+
+    eval_interval: int = 0
+    """steps between evaluations; 0: only after the last update (the final score)"""
+    eval_episodes: int = 10
+    """full games in an evaluation, actions sampled"""
+    capture_video: bool = False
+    """save a video of the first game of each evaluation"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    torch_deterministic: bool = True
+    """ask cuDNN for reproducible results"""
+    torch_threads: int = 0
+    """CPU threads of torch; 0: torch's own choice"""
+    track: bool = False
+    """mirror the run to Weights & Biases"""
+    wandb_project_name: str = "symmetric-rl"
+    """project at Weights & Biases"""
+    wandb_entity: str | None = None
+    """team at Weights & Biases"""
+
+
+def validate(args: Args) -> None:
+    """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
+    atari = {name.lower(): name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")}
+    if args.env_id not in atari.values():
+        near = [atari[name] for name in difflib.get_close_matches(args.env_id.lower(), atari, cutoff=0.5)]
+        kind = "is not an Atari game" if args.env_id in gym.registry else "is not a known environment"
+        raise ValueError(f"--env-id {args.env_id} {kind}; did you mean {' or '.join(near or ['ALE/Breakout-v5'])}?")
+    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        raise ValueError(
+            f"a batch of {args.num_envs} × {args.num_steps} = {batch_size} steps does not divide "
+            f"into --num-minibatches {args.num_minibatches}"
+        )
+    if args.total_timesteps < batch_size:
+        raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    for name in ("gamma", "gae_lambda", "reward_noise", "advantage_noise", "repeat_action_probability"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
+    for name in ("alpha", "beta", "ent_coef", "vf_coef", "seed", "eval_interval", "torch_threads"):
+        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and not negative, not {getattr(args, name)}")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and positive, not {value}")
+    if not (math.isfinite(args.Z) and args.Z < 0):
+        raise ValueError(f"--Z must be finite and negative (it stands for log 0), not {args.Z}")
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **options) -> AtariVectorEnv:
+    """ale-py's native vector environment with the usual preprocessing: 84×84 greyscale, 4 frames stacked, actions held
+    for 4 frames, up to 30 no-ops and FIRE at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
+    return AtariVectorEnv(
+        gym.spec(env_id).kwargs["game"],
+        num_envs,
+        repeat_action_probability=repeat_action_probability,
+        reward_clipping=False,  # the raw score is what is reported
+        life_loss_info=True,  # a lost life sets `terminated` and the game goes on
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # a finished game starts anew within the same step
+        **options,
+    )
+
+
+class Step(NamedTuple):
+    """What one step of `num_envs` games gives; each field has one entry per game."""
+
+    reward: np.ndarray  # raw score, float
+    terminated: np.ndarray  # the game is over or a life is lost: the learner's episode ends
+    truncated: np.ndarray  # the game was cut off at 108,000 frames: the learner's episode ends, its future does not
+    final_obs: np.ndarray | None  # last observation of the old game; holds rubbish except where `truncated`
+    valid: np.ndarray  # False where FIRE was pressed for the learner: no sample
+    game_over: np.ndarray  # the score of the whole game is complete
+
+
+class Games:
+    """Games side by side. After a lost life it presses FIRE for one step, where the game has it: none stands waiting.
+
+    `obs` is what to act on next. `score` and `length` (in steps) are those of each game so far, the last step included;
+    after a game over they hold the whole game's until the next step.
+    """
+
+    def __init__(self, env_id: str, seeds: np.ndarray, repeat_action_probability: float):
+        self.envs = make_games(env_id, len(seeds), repeat_action_probability)
+        actions = self.envs.ale.get_action_set()
+        self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
+        self.num_actions = len(actions)
+        self.obs, info = self.envs.reset(seed=seeds)
+        self.frame = info["episode_frame_number"]
+        self.must_fire = np.zeros(len(seeds), dtype=bool)
+        self.game_over = np.zeros(len(seeds), dtype=bool)
+        self.score = np.zeros(len(seeds))
+        self.length = np.zeros(len(seeds), dtype=int)
+
+    def step(self, action: np.ndarray) -> Step:
+        self.score[self.game_over] = self.length[self.game_over] = 0
+        valid = ~self.must_fire
+        self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
+        self.obs, reward, terminated, truncated, info = self.envs.step(self.action)
+        self.game_over = info["episode_frame_number"] <= self.frame  # it only falls when a new game has begun
+        self.frame = info["episode_frame_number"]
+        self.score += reward
+        self.length += 1
+        if self.fire is not None:
+            self.must_fire = terminated & ~self.game_over
+        return Step(reward.astype(float), terminated, truncated, info.get("final_obs"), valid, self.game_over)
+
+
+def game_seeds(sequence: np.random.SeedSequence, num_envs: int) -> np.ndarray:
+    """Independent seeds, one per game: seed, seed + 1, … would let runs of neighbouring seeds share games."""
+    return sequence.generate_state(num_envs) >> 1  # ale-py takes 31 bits
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Network(nn.Module):
+    """The Nature CNN (Mnih et al., 2015), shared by policy and value.
+
+    Observations (batch, 4, 84, 84) uint8 → logits (batch, num_actions) and values (batch,).
+    """
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.features = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
+        self.value = layer_init(nn.Linear(512, 1), std=1.0)
+        self.to(memory_format=torch.channels_last)  # convolutions are much faster so, on CPU and GPU
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last) / 255
+        features = self.features(pixels)
+        return self.policy(features), self.value(features).squeeze(1)
+
+
+# --------------------------------------------------------------------------------------------------- losses, advantages
+
+
+def symmetric_ppo_loss(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    alpha: float,
+    beta: float,
+    Z: float,
+    clip_coef: float,
+    importance_weighted: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The symmetric PPO loss α · forward + β · reverse, and its two terms, each the mean over the batch.
+
+        forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)
+        reverse = −m · A · Z · (1 − π) / π_old                   importance_weighted: the released code's form
+        reverse = −m · A · Z · (1/D) · Σ_d (1 − π_d)             otherwise: plain reverse cross-entropy
+
+    `logprob`, `old_logprob`: (batch, D), log-probabilities of the action taken, a column per action dimension; r, π
+    and π_old are joint, the product over dimensions. `advantage`: (batch,). Source: the paper's SPPO loss; the mask m
+    and the division by π_old are in the released code. The plain form over several dimensions is ours.
+    """
+    joint_logprob, old_joint_logprob = logprob.sum(1), old_logprob.sum(1)
+    ratio = (joint_logprob - old_joint_logprob).exp()
+    objective, clipped_objective = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
+    forward_loss = -torch.min(objective, clipped_objective).mean()
+    mask = objective <= clipped_objective  # where the minimum is the unclipped one, which has a gradient
+    if importance_weighted:
+        # (1 − π) / π_old = 1 / π_old − r. The first part has no gradient; capped, it does not overflow float32.
+        reverse_weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio
+    else:
+        reverse_weight = (1 - logprob.exp()).mean(1)
+    reverse_loss = -(mask * advantage * Z * reverse_weight).mean()
+    return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
+
+
+def mean_weight(old_logprob: torch.Tensor, alpha: float, beta: float, Z: float, importance_weighted: bool = True):
+    """w̄, the mean factor by which the symmetric loss multiplies PPO's policy gradient. `old_logprob`: (batch, D).
+
+    It is α + β|Z| for every sample with the importance-weighted reverse term, and α + β|Z| · mean_d(π_d) / D without.
+    """
+    if importance_weighted:
+        return torch.full_like(old_logprob[:, 0], alpha + beta * abs(Z)).mean()
+    return (alpha + beta * abs(Z) * old_logprob.exp().mean(1) / old_logprob.shape[1]).mean()
+
+
+def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
+
+    `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
+    step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
+    """
+    advantages = np.zeros_like(rewards)
+    advantage = np.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        following_value = next_value if t == len(rewards) - 1 else values[t + 1]
+        delta = rewards[t] + gamma * following_value * ~dones[t] - values[t]
+        advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
+        advantages[t] = advantage
+    return advantages
+
+
+def normalize(advantage: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Advantages (batch,) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
+    count = valid.sum()
+    centred = advantage - (advantage * valid).sum() / count.clamp(min=1)
+    std = ((centred.square() * valid).sum() / (count - 1).clamp(min=1)).sqrt()
+    return centred / (std + 1e-8)
+
+
+def flip_rewards(reward: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Binary symmetric channel: each reward becomes 1 − reward with `probability`. On average (1 − 2p) · reward + p.
+
+    Zeros become ones too, on every step; −1 becomes 2. That is the released code's formula.
+    """
+    return np.where(rng.random(reward.shape) < probability, 1 - reward, reward)
+
+
+def flip_signs(advantage: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Each advantage changes its sign with `probability` (`adv_flip` in the released code)."""
+    return np.where(rng.random(advantage.shape) < probability, -advantage, advantage)
+
+
+# ------------------------------------------------------------------------------------------------------------ algorithm
+
+
+class Batch(NamedTuple):
+    """The steps of one iteration, as tensors of shape (batch, …)."""
+
+    obs: torch.Tensor  # (batch, 4, 84, 84) uint8
+    actions: torch.Tensor
+    logprobs: torch.Tensor  # (batch, 1), log π_old
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    valid: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner
+
+
+class Rollout:
+    """`num_steps` steps of `num_envs` games; arrays of shape (num_steps, num_envs, …)."""
+
+    def __init__(self, num_steps: int, num_envs: int, device: torch.device):
+        shape = (num_steps, num_envs)
+        self.obs = torch.zeros((*shape, 4, 84, 84), dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(shape, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((*shape, 1), device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.next_value = torch.zeros(num_envs, device=device)  # of the observation after the last step
+        self.rewards = np.zeros(shape, dtype=np.float32)  # the sign of the raw reward
+        self.dones = np.zeros(shape, dtype=bool)
+        self.bootstraps = np.zeros(shape, dtype=np.float32)  # V(final observation) where truncated, else 0
+        self.valid = np.zeros(shape, dtype=bool)
+        self.finished = []  # (step, mean score, mean length) of the games that ended, one entry per step
+
+
+def act(network: Network, obs: torch.Tensor, generator: torch.Generator):
+    """Samples an action per observation: actions (batch,), their log-probabilities (batch,), values (batch,)."""
+    logits, value = network(obs)
+    logprobs = logits.log_softmax(1)
+    action = torch.multinomial(logprobs.exp(), 1, generator=generator)
+    return action.squeeze(1), logprobs.gather(1, action).squeeze(1), value
+
+
+@torch.inference_mode()
+def collect(games: Games, network: Network, rollout: Rollout, generator: torch.Generator) -> None:
+    """Plays the policy and overwrites `rollout` with what happened."""
+    device = rollout.obs.device
+    rollout.finished.clear()
+    rollout.bootstraps[:] = 0
+    for t in range(len(rollout.obs)):
+        rollout.obs[t] = torch.from_numpy(games.obs)
+        action, rollout.logprobs[t, :, 0], rollout.values[t] = act(network, rollout.obs[t], generator)
+        step = games.step(action.cpu().numpy())
+        rollout.actions[t] = action
+        rollout.rewards[t] = np.sign(step.reward)
+        rollout.dones[t] = step.terminated | step.truncated
+        rollout.valid[t] = step.valid
+        cut = step.truncated & ~step.terminated
+        if cut.any():
+            rollout.bootstraps[t, cut] = network(torch.from_numpy(step.final_obs[cut]).to(device))[1].cpu()
+        if step.game_over.any():
+            rollout.finished.append((t, games.score[step.game_over].mean(), games.length[step.game_over].mean()))
+    rollout.next_value[:] = network(torch.from_numpy(games.obs).to(device))[1]
+
+
+def update(network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict[str, float]:
+    """Gradient steps on the symmetric loss; returns the means of what is logged."""
+    device, stats = batch.obs.device, []
+    for _ in range(args.update_epochs):
+        signs = torch.as_tensor(flip_signs(np.ones(len(batch.obs), np.float32), args.advantage_noise, rng)).to(device)
+        for mb_inds in torch.from_numpy(rng.permutation(len(batch.obs))).to(device).chunk(args.num_minibatches):
+            mb = Batch(*(field[mb_inds] for field in batch))
+            advantage = mb.advantages * signs[mb_inds]
+            normalized = normalize(advantage, mb.valid) if args.norm_adv else advantage
+            weight = mb.valid / mb.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
+
+            logits, value = network(mb.obs)
+            logprobs = logits.log_softmax(1)
+            logprob = logprobs.gather(1, mb.actions.unsqueeze(1))
+            policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
+                logprob, mb.logprobs, weight * normalized, args.alpha, args.beta, args.Z, clip_coef,
+                args.importance_weighted_reverse,
+            )
+            value_loss = (weight * (value - mb.returns).square()).mean()
+            entropy = (weight * -(logprobs.exp() * logprobs).sum(1)).mean()
+            loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+            with torch.no_grad():
+                logratio = (logprob - mb.logprobs).squeeze(1)
+                stats.append({
+                    "losses/policy_loss": policy_loss,
+                    "losses/forward_loss": forward_loss,
+                    "losses/reverse_loss": reverse_loss,
+                    "losses/value_loss": value_loss,
+                    "losses/entropy": entropy,
+                    "losses/old_approx_kl": (weight * -logratio).mean(),
+                    "losses/approx_kl": (weight * (logratio.exp() - 1 - logratio)).mean(),
+                    "losses/clipfrac": (weight * ((logratio.exp() - 1).abs() > clip_coef)).mean(),
+                    "advantage/sign_flips_normalization": (weight * (normalized.sign() != advantage.sign())).mean(),
+                })
+        if args.target_kl is not None:
+            if torch.stack([s["losses/approx_kl"] for s in stats[-args.num_minibatches :]]).mean() > args.target_kl:
+                break
+    return {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
+
+
+@torch.inference_mode()
+def evaluate(network: Network, args: Args, sequence: np.random.SeedSequence, video: Path | None = None) -> np.ndarray:
+    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled."""
+    device = network.value.weight.device
+    seeds = game_seeds(sequence, args.eval_episodes)
+    games = Games(args.env_id, seeds, args.repeat_action_probability)
+    generator = torch.Generator(device).manual_seed(int(seeds[0]))
+    if video:  # the first game a second time, in colour: same seed and same actions give the same game
+        video.parent.mkdir(parents=True, exist_ok=True)
+        colour = make_games(args.env_id, 1, args.repeat_action_probability, img_height=210, img_width=160, stack_num=1,
+                            grayscale=False)
+        frames = colour.reset(seed=seeds[:1])[0]
+        writer = imageio.get_writer(video, fps=15, macro_block_size=2)
+    scores = np.full(args.eval_episodes, np.nan)
+    while np.isnan(scores).any():
+        step = games.step(act(network, torch.from_numpy(games.obs).to(device), generator)[0].cpu().numpy())
+        if video and np.isnan(scores[0]):
+            writer.append_data(frames[0, 0])
+            frames = colour.step(games.action[:1])[0]
+        scores = np.where(step.game_over & np.isnan(scores), games.score, scores)
+    if video:
+        writer.close()
+    return scores
+
+
+def main(args: Args) -> None:
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+
+    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run = Path("runs") / run_name
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
+                   name=run_name, save_code=True)
+    writer = SummaryWriter(run)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    # Every source of randomness has a stream of its own, so that none disturbs another.
+    weights_seed, games_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = (
+        np.random.SeedSequence(args.seed).spawn(6))
+    torch.manual_seed(int(weights_seed.generate_state(1)[0]))
+    generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
+    minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
+
+    games = Games(args.env_id, game_seeds(games_seed, args.num_envs), args.repeat_action_probability)
+    network = Network(games.num_actions).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args.num_steps, args.num_envs, device)
+
+    start_time = last_line = time.time()
+    recent_scores = deque(maxlen=100)
+    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off if no terminal
+    for iteration in range(1, num_iterations + 1):
+        remaining = 1 - (iteration - 1) / num_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        global_step = iteration * batch_size
+
+        collect(games, network, rollout, generator)
+
+        rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng)
+        values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
+        context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
+        advantages = gae(rewards + bootstrap, *context)
+        clean_advantages = gae(rollout.rewards + bootstrap, *context)
+        returns = advantages + values
+
+        tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
+        batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
+        stats = update(network, optimizer, batch, clip_coef, args, minibatch_rng)
+
+        valid = rollout.valid
+        stats["losses/explained_variance"] = 1 - (returns - values)[valid].var() / (returns[valid].var() + 1e-8)
+        stats["losses/mean_weight"] = mean_weight(
+            batch.logprobs[batch.valid > 0], args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
+        stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages))[valid].mean()
+        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        stats["charts/SPS"] = global_step / (time.time() - start_time)
+        for tag, value in stats.items():
+            writer.add_scalar(tag, value, global_step)
+        for t, score, length in rollout.finished:
+            step = global_step - batch_size + (t + 1) * args.num_envs
+            writer.add_scalar("charts/episodic_return", score, step)
+            writer.add_scalar("charts/episodic_length", length, step)
+            recent_scores.append(score)
+
+        progress.update(batch_size)
+        progress.set_postfix_str(f"return {np.mean(recent_scores):.1f}" if recent_scores else "", refresh=False)
+        if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
+            last_line = time.time()
+            left = (last_line - start_time) * (num_iterations / iteration - 1)
+            recent = f"{np.mean(recent_scores):.1f}" if recent_scores else "–"
+            print(f"{global_step} steps, {stats['charts/SPS']:.0f} per second, {left / 60:.0f} min left, return {recent}",
+                  flush=True)
+        due = args.eval_interval and global_step // args.eval_interval > (global_step - batch_size) // args.eval_interval
+        if due or iteration == num_iterations:
+            video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
+            scores = evaluate(network, args, eval_seed, video)
+            writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
+            tqdm.write(f"evaluation at {global_step} steps: {scores.mean():.1f} ± {scores.std():.1f} "
+                       f"({len(scores)} games)")
+    progress.close()
+    torch.save(network.state_dict(), run / "model.pt")
+    writer.close()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    try:
+        validate(args)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    main(args)
