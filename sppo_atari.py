@@ -39,6 +39,7 @@ The algorithm, as `main` runs it:
 """
 
 import difflib
+import importlib.util
 import math
 import sys
 import time
@@ -165,6 +166,8 @@ def validate(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{name.replace('_', '-')} must be finite and positive, not {value}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb")
     if not (math.isfinite(args.Z) and args.Z < 0):
         raise ValueError(f"--Z must be finite and negative (it stands for log 0), not {args.Z}")
 
@@ -352,9 +355,10 @@ def flip_rewards(reward: np.ndarray, probability: float, rng: np.random.Generato
     return np.where(rng.random(reward.shape) < probability, 1 - reward, reward)
 
 
-def flip_signs(advantage: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """Each advantage changes its sign with `probability` (`adv_flip` in the released code)."""
-    return np.where(rng.random(advantage.shape) < probability, -advantage, advantage)
+def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
+    """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
+    flipped = torch.from_numpy(rng.random(len(advantage)) < probability).to(advantage.device)
+    return torch.where(flipped, -advantage, advantage)
 
 
 # ------------------------------------------------------------------------------------------------------------ algorithm
@@ -418,23 +422,23 @@ def collect(games: Games, network: Network, rollout: Rollout, generator: torch.G
     rollout.next_value[:] = network(torch.from_numpy(games.obs).to(device))[1]
 
 
-def update(network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict[str, float]:
-    """Gradient steps on the symmetric loss; returns the means of what is logged."""
-    device, stats = batch.obs.device, []
+def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+    """Gradient steps on the loss of one batch. Returns the means over the minibatches of what is logged, by tag."""
+    stats = []
     for _ in range(args.update_epochs):
-        signs = torch.as_tensor(flip_signs(np.ones(len(batch.obs), np.float32), args.advantage_noise, rng)).to(device)
-        for mb_inds in torch.from_numpy(rng.permutation(len(batch.obs))).to(device).chunk(args.num_minibatches):
+        b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
+        for mb_inds in b_inds.chunk(args.num_minibatches):
             mb = Batch(*(field[mb_inds] for field in batch))
-            advantage = mb.advantages * signs[mb_inds]
+            advantage = flip_signs(mb.advantages, args.advantage_noise, rng)
             normalized = normalize(advantage, mb.valid) if args.norm_adv else advantage
             weight = mb.valid / mb.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
 
             logits, value = network(mb.obs)
             logprobs = logits.log_softmax(1)
             logprob = logprobs.gather(1, mb.actions.unsqueeze(1))
+            coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
             policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
-                logprob, mb.logprobs, weight * normalized, args.alpha, args.beta, args.Z, clip_coef,
-                args.importance_weighted_reverse,
+                logprob, mb.logprobs, weight * normalized, *coefficients
             )
             value_loss = (weight * (value - mb.returns).square()).mean()
             entropy = (weight * -(logprobs.exp() * logprobs).sum(1)).mean()
@@ -446,7 +450,7 @@ def update(network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: 
 
             with torch.no_grad():
                 logratio = (logprob - mb.logprobs).squeeze(1)
-                stats.append({
+                stat = {
                     "losses/policy_loss": policy_loss,
                     "losses/forward_loss": forward_loss,
                     "losses/reverse_loss": reverse_loss,
@@ -456,11 +460,13 @@ def update(network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: 
                     "losses/approx_kl": (weight * (logratio.exp() - 1 - logratio)).mean(),
                     "losses/clipfrac": (weight * ((logratio.exp() - 1).abs() > clip_coef)).mean(),
                     "advantage/sign_flips_normalization": (weight * (normalized.sign() != advantage.sign())).mean(),
-                })
+                }
+                stats.append(torch.stack(list(stat.values())))  # read only at the end: .item() would wait for the GPU
         if args.target_kl is not None:
-            if torch.stack([s["losses/approx_kl"] for s in stats[-args.num_minibatches :]]).mean() > args.target_kl:
+            approx_kl = torch.stack(stats[-args.num_minibatches :]).mean(0)[list(stat).index("losses/approx_kl")]
+            if approx_kl > args.target_kl:
                 break
-    return {tag: torch.stack([s[tag] for s in stats]).mean().item() for tag in stats[0]}
+    return dict(zip(stat, torch.stack(stats).mean(0).tolist()))
 
 
 @torch.inference_mode()
@@ -488,6 +494,17 @@ def evaluate(network: Network, args: Args, sequence: np.random.SeedSequence, vid
     return scores
 
 
+def new_run_folder(args: Args) -> Path:
+    """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
+    while True:
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        try:
+            (Path("runs") / name).mkdir(parents=True)
+            return Path("runs") / name
+        except FileExistsError:
+            time.sleep(0.1)
+
+
 def main(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
@@ -496,13 +513,12 @@ def main(args: Args) -> None:
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
 
-    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run = Path("runs") / run_name
+    run = new_run_folder(args)
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
-                   name=run_name, save_code=True)
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
+                   sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
@@ -521,7 +537,7 @@ def main(args: Args) -> None:
 
     start_time = last_line = time.time()
     recent_scores = deque(maxlen=100)
-    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off if no terminal
+    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off: no terminal
     for iteration in range(1, num_iterations + 1):
         remaining = 1 - (iteration - 1) / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
@@ -543,8 +559,8 @@ def main(args: Args) -> None:
 
         valid = rollout.valid
         stats["losses/explained_variance"] = 1 - (returns - values)[valid].var() / (returns[valid].var() + 1e-8)
-        stats["losses/mean_weight"] = mean_weight(
-            batch.logprobs[batch.valid > 0], args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
+        weighting = (args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
+        stats["losses/mean_weight"] = mean_weight(batch.logprobs[batch.valid > 0], *weighting)
         stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages))[valid].mean()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         stats["charts/SPS"] = global_step / (time.time() - start_time)
@@ -557,20 +573,21 @@ def main(args: Args) -> None:
             recent_scores.append(score)
 
         progress.update(batch_size)
-        progress.set_postfix_str(f"return {np.mean(recent_scores):.1f}" if recent_scores else "", refresh=False)
+        recent = f"return {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet"
+        progress.set_postfix_str(recent, refresh=False)
         if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
             last_line = time.time()
-            left = (last_line - start_time) * (num_iterations / iteration - 1)
-            recent = f"{np.mean(recent_scores):.1f}" if recent_scores else "–"
-            print(f"{global_step} steps, {stats['charts/SPS']:.0f} per second, {left / 60:.0f} min left, return {recent}",
-                  flush=True)
-        due = args.eval_interval and global_step // args.eval_interval > (global_step - batch_size) // args.eval_interval
-        if due or iteration == num_iterations:
+            left = (last_line - start_time) * (num_iterations / iteration - 1) / 60
+            print(f"{global_step} steps, {stats['charts/SPS']:.0f} SPS, {left:.0f} min left, {recent}", flush=True)
+        crossed = args.eval_interval and global_step % args.eval_interval < batch_size
+        if crossed or iteration == num_iterations:
+            eval_start = time.time()
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
             scores = evaluate(network, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
-            tqdm.write(f"evaluation at {global_step} steps: {scores.mean():.1f} ± {scores.std():.1f} "
-                       f"({len(scores)} games)")
+            result = f"{scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} games)"
+            tqdm.write(f"evaluation at {global_step} steps: {result}")
+            start_time += time.time() - eval_start  # SPS is the speed of training
     progress.close()
     torch.save(network.state_dict(), run / "model.pt")
     writer.close()
