@@ -392,25 +392,23 @@ class Rollout:
         self.finished = []  # (step, mean score, mean length) of the games that ended, one entry per step
 
 
-def act(network: Network, obs: torch.Tensor, generator: torch.Generator):
-    """Samples an action per observation: actions (batch,), their log-probabilities (batch,), values (batch,)."""
-    logits, value = network(obs)
-    logprobs = logits.log_softmax(1)
-    action = torch.multinomial(logprobs.exp(), 1, generator=generator)
-    return action.squeeze(1), logprobs.gather(1, action).squeeze(1), value
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
 @torch.inference_mode()
 def collect(games: Games, network: Network, rollout: Rollout, generator: torch.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
-    device = rollout.obs.device
+    device = generator.device
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
     for t in range(len(rollout.obs)):
         rollout.obs[t] = torch.from_numpy(games.obs)
-        action, rollout.logprobs[t, :, 0], rollout.values[t] = act(network, rollout.obs[t], generator)
-        step = games.step(action.cpu().numpy())
-        rollout.actions[t] = action
+        logits, rollout.values[t] = network(rollout.obs[t])
+        rollout.actions[t] = sample(logits, generator)
+        rollout.logprobs[t] = logits.log_softmax(-1).gather(1, rollout.actions[t].unsqueeze(1))
+        step = games.step(rollout.actions[t].cpu().numpy())
         rollout.rewards[t] = np.sign(step.reward)
         rollout.dones[t] = step.terminated | step.truncated
         rollout.valid[t] = step.valid
@@ -423,8 +421,8 @@ def collect(games: Games, network: Network, rollout: Rollout, generator: torch.G
 
 
 def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
-    """Gradient steps on the loss of one batch. Returns the means over the minibatches of what is logged, by tag."""
-    stats = []
+    """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
+    losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
         for mb_inds in b_inds.chunk(args.num_minibatches):
@@ -434,39 +432,41 @@ def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Ar
             weight = mb.valid / mb.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
 
             logits, value = network(mb.obs)
-            logprobs = logits.log_softmax(1)
+            logprobs = logits.log_softmax(-1)
             logprob = logprobs.gather(1, mb.actions.unsqueeze(1))
             coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
             policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
                 logprob, mb.logprobs, weight * normalized, *coefficients
             )
             value_loss = (weight * (value - mb.returns).square()).mean()
-            entropy = (weight * -(logprobs.exp() * logprobs).sum(1)).mean()
+            entropy = -(weight * (logprobs.exp() * logprobs).sum(1)).mean()
             loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
             optimizer.step()
 
-            with torch.no_grad():
-                logratio = (logprob - mb.logprobs).squeeze(1)
-                stat = {
-                    "losses/policy_loss": policy_loss,
-                    "losses/forward_loss": forward_loss,
-                    "losses/reverse_loss": reverse_loss,
-                    "losses/value_loss": value_loss,
-                    "losses/entropy": entropy,
-                    "losses/old_approx_kl": (weight * -logratio).mean(),
-                    "losses/approx_kl": (weight * (logratio.exp() - 1 - logratio)).mean(),
-                    "losses/clipfrac": (weight * ((logratio.exp() - 1).abs() > clip_coef)).mean(),
-                    "advantage/sign_flips_normalization": (weight * (normalized.sign() != advantage.sign())).mean(),
-                }
-                stats.append(torch.stack(list(stat.values())))  # read only at the end: .item() would wait for the GPU
+            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy)).detach())
+            samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized, mb.valid)))
         if args.target_kl is not None:
-            approx_kl = torch.stack(stats[-args.num_minibatches :]).mean(0)[list(stat).index("losses/approx_kl")]
-            if approx_kl > args.target_kl:
+            logratio, _, _, valid = torch.cat(samples[-args.num_minibatches :], 1)
+            logratio = logratio[valid > 0]
+            if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
                 break
-    return dict(zip(stat, torch.stack(stats).mean(0).tolist()))
+    policy_loss, forward_loss, reverse_loss, value_loss, entropy = torch.stack(losses).mean(0).tolist()
+    samples = torch.cat(samples, 1)
+    logratio, advantage, normalized, _ = samples[:, samples[3] > 0]
+    return {
+        "losses/policy_loss": policy_loss,
+        "losses/forward_loss": forward_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/old_approx_kl": -logratio.mean().item(),
+        "losses/approx_kl": (logratio.exp() - 1 - logratio).mean().item(),
+        "losses/clipfrac": ((logratio.exp() - 1).abs() > clip_coef).float().mean().item(),
+        "advantage/sign_flips_normalization": (normalized.sign() != advantage.sign()).float().mean().item(),
+    }
 
 
 @torch.inference_mode()
@@ -484,7 +484,8 @@ def evaluate(network: Network, args: Args, sequence: np.random.SeedSequence, vid
         writer = imageio.get_writer(video, fps=15, macro_block_size=2)
     scores = np.full(args.eval_episodes, np.nan)
     while np.isnan(scores).any():
-        step = games.step(act(network, torch.from_numpy(games.obs).to(device), generator)[0].cpu().numpy())
+        logits, _ = network(torch.from_numpy(games.obs).to(device))
+        step = games.step(sample(logits, generator).cpu().numpy())
         if video and np.isnan(scores[0]):
             writer.append_data(frames[0, 0])
             frames = colour.step(games.action[:1])[0]
@@ -589,7 +590,7 @@ def main(args: Args) -> None:
             tqdm.write(f"evaluation at {global_step} steps: {result}")
             start_time += time.time() - eval_start  # SPS is the speed of training
     progress.close()
-    torch.save(network.state_dict(), run / "model.pt")
+    torch.save({"network": network.state_dict()}, run / "model.pt")
     writer.close()
 
 

@@ -1,0 +1,623 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "gymnasium==1.4.0",
+#   "ale-py==0.12.1",
+#   "mujoco==4.0.0",
+#   "box2d==2.3.10",
+#   "pygame-ce==2.5.8",
+#   "tyro==1.0.17",
+#   "tensorboard==2.21.0",
+#   "tqdm==4.70.1",
+#   "imageio[ffmpeg]==2.38.1",
+# ]
+# ///
+"""SPPO for continuous control: PPO with the symmetric loss of Byun and Perrault (ICML 2025, arXiv 2405.17618).
+
+Every action dimension is cut into `num_bins` values, so that actions have probabilities (the paper's DSPPO). With π the
+probability of the action taken, the product over its dimensions, π_old the same when it was taken, r = π / π_old and A
+the advantage:
+
+    forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)    PPO's clipped objective
+    reverse = −m · A · Z · (1 − π) / π_old      after reverse cross-entropy; Z < 0 stands for log 0,
+                                                m is 1 where the clipped objective has a gradient, else 0
+    policy loss = α · forward + β · reverse
+    loss = policy loss − ent_coef · entropy + vf_coef · value loss
+
+The algorithm, as `main` runs it:
+
+    for each iteration
+        act in num_envs environments for num_steps steps          collect
+        add noise to the normalised rewards (only if asked for)   add_noise
+        advantages A by GAE, returns = A + values                 gae
+        for each epoch, for each minibatch                        update
+            normalise A, take a gradient step on the loss         symmetric_ppo_loss
+    play episodes with the most probable actions                  evaluate
+
+    python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
+    python sppo_continuous.py --env-id CartPole-v1 --total-timesteps 200000
+"""
+
+import difflib
+import importlib.util
+import math
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a screen; must be set before it is imported
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    """SPPO for continuous control with discretised actions. Defaults are the settings of the paper's released code."""
+
+    env_id: str = "Hopper-v5"
+    """the environment: flat observations, `Box` or `Discrete` actions"""
+    seed: int = 1
+    """seed of the run: weights, environments, actions, minibatches, noise"""
+    total_timesteps: int = 2_000_000
+    """environment steps; the last incomplete batch is left out"""
+    num_envs: int = 1
+    """environments stepped side by side"""
+    num_steps: int = 2048
+    """steps in each environment per iteration"""
+    num_minibatches: int = 32
+    """minibatches per epoch"""
+    update_epochs: int = 10
+    """passes over each batch"""
+    learning_rate: float = 3e-4
+    """step size of Adam"""
+    anneal_lr: bool = False
+    """lower the learning rate linearly to 0"""
+    gamma: float = 0.99
+    """discount factor γ"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """clip range ε"""
+    anneal_clip: bool = False
+    """lower the clip range linearly to 0"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """end an iteration's updates after an epoch whose mean approximate KL exceeds this"""
+    num_bins: int = 11
+    """values per dimension of a `Box` action space, evenly spaced, ends included"""
+
+    alpha: float = 0.5
+    """α, weight of the forward (PPO) term"""
+    beta: float = 20.0
+    """β, weight of the reverse term; the released code's example for one task (Ant), not a tuned value"""
+    Z: float = -1.0
+    """Z < 0, the stand-in for log 0; only β·Z matters"""
+    importance_weighted_reverse: bool = True
+    """divide the reverse term by π_old, as the released code does"""
+    reward_noise: float = 0.0
+    """standard deviation of Gaussian noise on the normalised reward; reported returns stay clean"""
+    advantage_noise: float = 0.0
+    """probability that a sample's advantage changes sign, redrawn for every minibatch"""
+
+    eval_interval: int = 0
+    """steps between evaluations; 0: only after the last update (the final score)"""
+    eval_episodes: int = 10
+    """episodes in an evaluation, with the most probable actions"""
+    capture_video: bool = False
+    """save a video of the first episode of each evaluation"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    torch_deterministic: bool = True
+    """ask cuDNN for reproducible results"""
+    torch_threads: int = 1
+    """CPU threads of torch; more only slow down networks as small as these; 0: torch's own choice"""
+    track: bool = False
+    """mirror the run to Weights & Biases"""
+    wandb_project_name: str = "symmetric-rl"
+    """project at Weights & Biases"""
+    wandb_entity: str | None = None
+    """team at Weights & Biases"""
+
+
+def validate(args: Args) -> None:
+    """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
+    check_environment(args.env_id)
+    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.num_bins < 2:
+        raise ValueError(f"--num-bins must be at least 2, not {args.num_bins}")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        raise ValueError(
+            f"a batch of {args.num_envs} × {args.num_steps} = {batch_size} steps does not divide "
+            f"into --num-minibatches {args.num_minibatches}"
+        )
+    if args.total_timesteps < batch_size:
+        raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    for name in ("gamma", "gae_lambda", "advantage_noise"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
+    for name in ("alpha", "beta", "reward_noise", "ent_coef", "vf_coef", "seed", "eval_interval", "torch_threads"):
+        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and not negative, not {getattr(args, name)}")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and positive, not {value}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb")
+    if not (math.isfinite(args.Z) and args.Z < 0):
+        raise ValueError(f"--Z must be finite and negative (it stands for log 0), not {args.Z}")
+
+
+def check_environment(env_id: str) -> None:
+    """Raises ValueError, with one line to print, unless the environment exists and the script takes its spaces."""
+    try:
+        env = gym.make(env_id)
+    except gym.error.UnregisteredEnv:
+        known = {name.lower(): name for name in gym.registry}
+        near = [known[name] for name in difflib.get_close_matches(env_id.lower(), known)] or ["Hopper-v5"]
+        raise ValueError(f"--env-id {env_id} is not known; did you mean {' or '.join(near)}?") from None
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}") from None
+    obs_space, action_space = env.observation_space, env.action_space
+    env.close()
+    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+        raise ValueError(f"--env-id {env_id} has observations {obs_space}; this script takes flat Box ones")
+    finite_box = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if not (finite_box or isinstance(action_space, gym.spaces.Discrete)):
+        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Box or Discrete ones")
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+class RunningMeanStd:
+    """Mean and variance of all samples so far (Welford, 1962)."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        self.count, self.mean, self.sum_of_squares = 0, np.zeros(shape), np.zeros(shape)
+
+    def update(self, sample: np.ndarray) -> None:
+        self.count += 1
+        delta = sample - self.mean
+        self.mean = self.mean + delta / self.count
+        self.sum_of_squares = self.sum_of_squares + delta * (sample - self.mean)
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.sum_of_squares / max(self.count, 1) + 1e-8)
+
+
+def bin_values(space: gym.spaces.Box, num_bins: int) -> np.ndarray:
+    """The values (D, num_bins) that the D dimensions of a `Box` can take: evenly spaced, low and high included."""
+    return np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
+
+
+class Step(NamedTuple):
+    """What one step of `num_envs` environments gives; each field has one entry per environment."""
+
+    reward: np.ndarray  # normalised
+    terminated: np.ndarray  # the episode ended
+    truncated: np.ndarray  # the episode was cut off: its future goes on in the value of `final_obs`
+    final_obs: np.ndarray  # last observation of the episode, normalised; holds rubbish where it goes on
+
+
+class Environments:
+    """Environments side by side, with running normalisation of observations and rewards; one that ends starts anew
+    within the same step.
+
+    `obs` (num_envs, obs_dim) is what to act on next, normalised. `score` and `length` are the raw return and the steps
+    of each episode so far, the last step included; after an episode's end they hold the whole until the next step.
+    """
+
+    def __init__(self, env_id: str, seeds: np.ndarray, num_bins: int, gamma: float):
+        self.envs = [gym.make(env_id) for _ in seeds]
+        self.gamma, self.space = gamma, self.envs[0].action_space
+        discrete = isinstance(self.space, gym.spaces.Discrete)
+        self.bins = None if discrete else bin_values(self.space, num_bins)
+        self.action_shape = (1, int(self.space.n)) if discrete else self.bins.shape  # dimensions, values of each
+        self.obs_stats = RunningMeanStd(self.envs[0].observation_space.shape)
+        self.return_stats = RunningMeanStd()
+        self.obs = np.stack([self.observe(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds)])
+        self.discounted_return = np.zeros(len(seeds))
+        self.done = np.zeros(len(seeds), dtype=bool)
+        self.score = np.zeros(len(seeds))
+        self.length = np.zeros(len(seeds), dtype=int)
+
+    def normalize(self, obs: np.ndarray) -> np.ndarray:
+        """An observation with the statistics so far, clipped to ±10."""
+        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
+
+    def observe(self, obs: np.ndarray) -> np.ndarray:
+        self.obs_stats.update(obs)
+        return self.normalize(obs)
+
+    def to_action(self, index: np.ndarray):
+        """The environment's own action for the policy's choice in each dimension, (D,)."""
+        if self.bins is None:
+            return self.space.start + index[0]
+        return self.bins[np.arange(len(index)), index].reshape(self.space.shape)
+
+    def step(self, index: np.ndarray) -> Step:
+        """`index`: (num_envs, D), the value chosen in each dimension."""
+        self.score[self.done] = self.length[self.done] = 0
+        self.discounted_return[self.done] = 0  # on truncation too
+        rewards, final_obs = np.zeros(len(self.envs)), np.empty_like(self.obs)
+        terminated, truncated = np.zeros((2, len(self.envs)), dtype=bool)
+        for i, env in enumerate(self.envs):
+            obs, reward, terminated[i], truncated[i], _ = env.step(self.to_action(index[i]))
+            self.score[i] += reward
+            self.discounted_return[i] = self.gamma * self.discounted_return[i] + reward
+            self.return_stats.update(self.discounted_return[i])
+            rewards[i] = np.clip(reward / self.return_stats.std, -10, 10)
+            if terminated[i] or truncated[i]:
+                final_obs[i] = self.normalize(obs)
+                obs, _ = env.reset()
+            self.obs[i] = self.observe(obs)
+        self.length += 1
+        self.done = terminated | truncated
+        return Step(rewards, terminated, truncated, final_obs)
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
+    return nn.Sequential(
+        layer_init(nn.Linear(inputs, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, outputs), std),
+    )
+
+
+class Network(nn.Module):
+    """Policy and value, two separate networks. (batch, obs_dim) → logits (batch, D, num_bins) and values (batch,)."""
+
+    def __init__(self, obs_dim: int, action_shape: tuple[int, int]):
+        super().__init__()
+        self.policy = mlp(obs_dim, math.prod(action_shape), std=0.01).append(nn.Unflatten(1, action_shape))
+        self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.policy(obs), self.value(obs)
+
+
+# --------------------------------------------------------------------------------------------------- losses, advantages
+
+
+def symmetric_ppo_loss(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    alpha: float,
+    beta: float,
+    Z: float,
+    clip_coef: float,
+    importance_weighted: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The symmetric PPO loss α · forward + β · reverse, and its two terms, each the mean over the batch.
+
+        forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)
+        reverse = −m · A · Z · (1 − π) / π_old                   importance_weighted: the released code's form
+        reverse = −m · A · Z · (1/D) · Σ_d (1 − π_d)             otherwise: plain reverse cross-entropy
+
+    `logprob`, `old_logprob`: (batch, D), log-probabilities of the action taken, a column per action dimension; r, π
+    and π_old are joint, the product over dimensions. `advantage`: (batch,). Source: the paper's SPPO loss; the mask m
+    and the division by π_old are in the released code. The plain form over several dimensions is ours.
+    """
+    joint_logprob, old_joint_logprob = logprob.sum(1), old_logprob.sum(1)
+    ratio = (joint_logprob - old_joint_logprob).exp()
+    objective, clipped_objective = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
+    forward_loss = -torch.min(objective, clipped_objective).mean()
+    mask = objective <= clipped_objective  # where the minimum is the unclipped one, which has a gradient
+    if importance_weighted:
+        # (1 − π) / π_old = 1 / π_old − r. The first part has no gradient; capped, it does not overflow float32.
+        reverse_weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio
+    else:
+        reverse_weight = (1 - logprob.exp()).mean(1)
+    reverse_loss = -(mask * advantage * Z * reverse_weight).mean()
+    return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
+
+
+def mean_weight(old_logprob: torch.Tensor, alpha: float, beta: float, Z: float, importance_weighted: bool = True):
+    """w̄, the mean factor by which the symmetric loss multiplies PPO's policy gradient. `old_logprob`: (batch, D).
+
+    It is α + β|Z| for every sample with the importance-weighted reverse term, and α + β|Z| · mean_d(π_d) / D without.
+    """
+    if importance_weighted:
+        return torch.full_like(old_logprob[:, 0], alpha + beta * abs(Z)).mean()
+    return (alpha + beta * abs(Z) * old_logprob.exp().mean(1) / old_logprob.shape[1]).mean()
+
+
+def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
+
+    `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
+    step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
+    """
+    advantages = np.zeros_like(rewards)
+    advantage = np.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        following_value = next_value if t == len(rewards) - 1 else values[t + 1]
+        delta = rewards[t] + gamma * following_value * ~dones[t] - values[t]
+        advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
+        advantages[t] = advantage
+    return advantages
+
+
+def add_noise(reward: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray:
+    """Adds Gaussian noise with mean 0 and the given standard deviation to (normalised) rewards."""
+    return reward + std * rng.standard_normal(reward.shape, dtype=reward.dtype)
+
+
+def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
+    """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
+    flipped = torch.from_numpy(rng.random(len(advantage)) < probability).to(advantage.device)
+    return torch.where(flipped, -advantage, advantage)
+
+
+# ------------------------------------------------------------------------------------------------------------ algorithm
+
+
+class Batch(NamedTuple):
+    """The steps of one iteration, as tensors of shape (batch, …)."""
+
+    obs: torch.Tensor  # (batch, obs_dim)
+    actions: torch.Tensor  # (batch, D), the value chosen in each dimension
+    logprobs: torch.Tensor  # (batch, D), log π_old
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+class Rollout:
+    """`num_steps` steps of `num_envs` environments; arrays of shape (num_steps, num_envs, …)."""
+
+    def __init__(self, num_steps: int, num_envs: int, obs_dim: int, action_dims: int):
+        shape = (num_steps, num_envs)
+        self.obs = np.zeros((*shape, obs_dim), dtype=np.float32)
+        self.actions = np.zeros((*shape, action_dims), dtype=np.int64)
+        self.rewards = np.zeros(shape, dtype=np.float32)  # normalised
+        self.dones = np.zeros(shape, dtype=bool)
+        self.bootstraps = np.zeros(shape, dtype=np.float32)  # V(final observation) where truncated, else 0
+        self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+@torch.inference_mode()
+def collect(envs: Environments, network: Network, rollout: Rollout, generator: torch.Generator) -> None:
+    """Plays the policy and overwrites `rollout` with what happened."""
+    device = generator.device
+    rollout.finished.clear()
+    rollout.bootstraps[:] = 0
+    for t in range(len(rollout.obs)):
+        rollout.obs[t] = envs.obs
+        logits = network.policy(torch.from_numpy(envs.obs).to(device))
+        rollout.actions[t] = sample(logits, generator).cpu().numpy()
+        step = envs.step(rollout.actions[t])
+        rollout.rewards[t] = step.reward
+        rollout.dones[t] = envs.done
+        cut = step.truncated & ~step.terminated
+        if cut.any():
+            rollout.bootstraps[t, cut] = network.value(torch.from_numpy(step.final_obs[cut]).to(device)).cpu()
+        if envs.done.any():
+            rollout.finished.append((t, envs.score[envs.done].mean(), envs.length[envs.done].mean()))
+
+
+def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+    """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
+    losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
+    for _ in range(args.update_epochs):
+        b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
+        shuffled = (field[b_inds].chunk(args.num_minibatches) for field in batch)
+        for mb in map(Batch._make, zip(*shuffled)):
+            advantage = flip_signs(mb.advantages, args.advantage_noise, rng)
+            normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if args.norm_adv else advantage
+
+            logits, value = network(mb.obs)
+            logprobs = logits.log_softmax(-1)
+            logprob = logprobs.gather(2, mb.actions.unsqueeze(2)).squeeze(2)
+            coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
+            policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
+                logprob, mb.logprobs, normalized, *coefficients
+            )
+            value_loss = (value - mb.returns).square().mean()
+            entropy = -(logprobs.exp() * logprobs).sum((1, 2)).mean()
+            loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy)).detach())
+            samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized)))
+        if args.target_kl is not None:
+            logratio = torch.cat(samples[-args.num_minibatches :], 1)[0]
+            if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
+                break
+    policy_loss, forward_loss, reverse_loss, value_loss, entropy = torch.stack(losses).mean(0).tolist()
+    logratio, advantage, normalized = torch.cat(samples, 1)
+    return {
+        "losses/policy_loss": policy_loss,
+        "losses/forward_loss": forward_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/old_approx_kl": -logratio.mean().item(),
+        "losses/approx_kl": (logratio.exp() - 1 - logratio).mean().item(),
+        "losses/clipfrac": ((logratio.exp() - 1).abs() > clip_coef).float().mean().item(),
+        "advantage/sign_flips_normalization": (normalized.sign() != advantage.sign()).float().mean().item(),
+    }
+
+
+@torch.inference_mode()
+def evaluate(network: Network, envs: Environments, args: Args, seed: int, video: Path | None = None) -> np.ndarray:
+    """Raw returns (eval_episodes,) with the most probable actions and the statistics of `envs`, which do not change."""
+    env = gym.make(args.env_id, render_mode="rgb_array" if video else None)
+    if video:
+        video.parent.mkdir(parents=True, exist_ok=True)
+        writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
+    device, returns = next(network.parameters()).device, np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        done = False
+        while not done:
+            if video and episode == 0:
+                writer.append_data(env.render())
+            logits = network.policy(torch.from_numpy(envs.normalize(obs)).to(device).unsqueeze(0))
+            obs, reward, terminated, truncated, _ = env.step(envs.to_action(logits.argmax(-1)[0].cpu().numpy()))
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    if video:
+        writer.close()
+    return returns
+
+
+def new_run_folder(args: Args) -> Path:
+    """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
+    while True:
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        try:
+            (Path("runs") / name).mkdir(parents=True)
+            return Path("runs") / name
+        except FileExistsError:
+            time.sleep(0.1)
+
+
+def main(args: Args) -> None:
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+
+    run = new_run_folder(args)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
+                   sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    # Every source of randomness has a stream of its own, so that none disturbs another.
+    weights_seed, envs_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = (
+        np.random.SeedSequence(args.seed).spawn(6))
+    torch.manual_seed(int(weights_seed.generate_state(1)[0]))
+    generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
+    minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
+
+    envs = Environments(args.env_id, envs_seed.generate_state(args.num_envs), args.num_bins, args.gamma)
+    network = Network(envs.obs.shape[1], envs.action_shape).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], envs.action_shape[0])
+
+    start_time = last_line = time.time()
+    recent_returns = deque(maxlen=100)
+    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off: no terminal
+    for iteration in range(1, num_iterations + 1):
+        remaining = 1 - (iteration - 1) / num_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        global_step = iteration * batch_size
+
+        collect(envs, network, rollout, generator)
+        obs, actions = (torch.from_numpy(x).to(device).flatten(0, 1) for x in (rollout.obs, rollout.actions))
+        with torch.no_grad():  # all log π_old and values at once
+            logits, values = network(obs)
+            logprobs = logits.log_softmax(-1).gather(2, actions.unsqueeze(2)).squeeze(2)
+            next_value = network.value(torch.from_numpy(envs.obs).to(device)).cpu().numpy()
+        values = values.cpu().numpy().reshape(rollout.rewards.shape)
+
+        rewards = add_noise(rollout.rewards, args.reward_noise, noise_rng)
+        bootstrap = args.gamma * rollout.bootstraps
+        context = (values, rollout.dones, next_value, args.gamma, args.gae_lambda)
+        advantages = gae(rewards + bootstrap, *context)
+        clean_advantages = gae(rollout.rewards + bootstrap, *context)
+        returns = advantages + values
+
+        tensors = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
+        batch = Batch(obs, actions, logprobs, *tensors)
+        stats = update(network, optimizer, batch, clip_coef, args, minibatch_rng)
+
+        stats["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+        weighting = (args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
+        stats["losses/mean_weight"] = mean_weight(logprobs, *weighting)
+        stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages)).mean()
+        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        stats["charts/SPS"] = global_step / (time.time() - start_time)
+        for tag, value in stats.items():
+            writer.add_scalar(tag, value, global_step)
+        for t, episodic_return, length in rollout.finished:
+            step = global_step - batch_size + (t + 1) * args.num_envs
+            writer.add_scalar("charts/episodic_return", episodic_return, step)
+            writer.add_scalar("charts/episodic_length", length, step)
+            recent_returns.append(episodic_return)
+
+        progress.update(batch_size)
+        recent = f"return {np.mean(recent_returns):.1f}" if recent_returns else "no episode over yet"
+        progress.set_postfix_str(recent, refresh=False)
+        if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
+            last_line = time.time()
+            left = (last_line - start_time) * (num_iterations / iteration - 1) / 60
+            print(f"{global_step} steps, {stats['charts/SPS']:.0f} SPS, {left:.0f} min left, {recent}", flush=True)
+        crossed = args.eval_interval and global_step % args.eval_interval < batch_size
+        if crossed or iteration == num_iterations:
+            eval_start = time.time()
+            video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
+            returns = evaluate(network, envs, args, int(eval_seed.generate_state(1)[0]), video)
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            result = f"{returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)"
+            tqdm.write(f"evaluation at {global_step} steps: {result}")
+            start_time += time.time() - eval_start  # SPS is the speed of training
+    progress.close()
+    obs_stats = {"mean": torch.from_numpy(envs.obs_stats.mean), "std": torch.from_numpy(envs.obs_stats.std)}
+    torch.save({"network": network.state_dict(), "obs_stats": obs_stats}, run / "model.pt")
+    writer.close()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    try:
+        validate(args)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    main(args)
