@@ -189,22 +189,11 @@ def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **o
     )
 
 
-class Step(NamedTuple):
-    """What one step of `num_envs` games gives; each field has one entry per game."""
-
-    reward: np.ndarray  # raw score, float
-    terminated: np.ndarray  # the game is over or a life is lost: the learner's episode ends
-    truncated: np.ndarray  # the game was cut off at 108,000 frames: the learner's episode ends, its future does not
-    final_obs: np.ndarray | None  # last observation of the old game; holds rubbish except where `truncated`
-    valid: np.ndarray  # False where FIRE was pressed for the learner: no sample
-    game_over: np.ndarray  # the score of the whole game is complete
-
-
 class Games:
     """Games side by side. After a lost life it presses FIRE for one step, where the game has it: none stands waiting.
 
-    `obs` is what to act on next. `score` and `length` (in steps) are those of each game so far, the last step included;
-    after a game over they hold the whole game's until the next step.
+    `obs` is what to act on next. Of the last step, with an entry per game: `score` and `length` (in steps) of the game
+    so far, or of the whole game where it is `over`; `valid`, False where FIRE was pressed for the learner: no sample.
     """
 
     def __init__(self, env_id: str, seeds: np.ndarray, repeat_action_probability: float):
@@ -214,23 +203,23 @@ class Games:
         self.num_actions = len(actions)
         self.obs, info = self.envs.reset(seed=seeds)
         self.frame = info["episode_frame_number"]
-        self.must_fire = np.zeros(len(seeds), dtype=bool)
-        self.game_over = np.zeros(len(seeds), dtype=bool)
-        self.score = np.zeros(len(seeds))
-        self.length = np.zeros(len(seeds), dtype=int)
+        self.must_fire, self.over = np.zeros((2, len(seeds)), dtype=bool)
+        self.score, self.length = np.zeros((2, len(seeds)))
 
-    def step(self, action: np.ndarray) -> Step:
-        self.score[self.game_over] = self.length[self.game_over] = 0
-        valid = ~self.must_fire
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Raw reward; terminated: the game is over or a life is lost; truncated: it was cut off at 108,000 frames;
+        final_obs: last observation of the game where truncated, rubbish elsewhere."""
+        self.score[self.over] = self.length[self.over] = 0
+        self.valid = ~self.must_fire
         self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
         self.obs, reward, terminated, truncated, info = self.envs.step(self.action)
-        self.game_over = info["episode_frame_number"] <= self.frame  # it only falls when a new game has begun
+        self.over = info["episode_frame_number"] <= self.frame  # it only falls when a new game has begun
         self.frame = info["episode_frame_number"]
         self.score += reward
         self.length += 1
         if self.fire is not None:
-            self.must_fire = terminated & ~self.game_over
-        return Step(reward.astype(float), terminated, truncated, info.get("final_obs"), valid, self.game_over)
+            self.must_fire = terminated & ~self.over
+        return reward, terminated, truncated, info.get("final_obs")
 
 
 def game_seeds(sequence: np.random.SeedSequence, num_envs: int) -> np.ndarray:
@@ -247,11 +236,8 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
-class Network(nn.Module):
-    """The Nature CNN (Mnih et al., 2015), shared by policy and value.
-
-    Observations (batch, 4, 84, 84) uint8 → logits (batch, num_actions) and values (batch,).
-    """
+class AtariAgent(nn.Module):
+    """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 4, 84, 84) uint8."""
 
     def __init__(self, num_actions: int):
         super().__init__()
@@ -270,10 +256,27 @@ class Network(nn.Module):
         self.value = layer_init(nn.Linear(512, 1), std=1.0)
         self.to(memory_format=torch.channels_last)  # convolutions are much faster so, on CPU and GPU
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
         pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last) / 255
         features = self.features(pixels)
-        return self.policy(features), self.value(features).squeeze(1)
+        return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
+
+    def act(self, obs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Samples actions (batch,); their log-probabilities (batch, 1), one action dimension, and values (batch,)."""
+        logprobs, value = self.get_logprobs_and_value(obs)
+        action = sample(logprobs, generator)
+        return action, logprobs.gather(1, action.unsqueeze(1)), value
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of these actions (batch, 1), entropies (batch,), values (batch,)."""
+        logprobs, value = self.get_logprobs_and_value(obs)
+        return logprobs.gather(1, action.unsqueeze(1)), -(logprobs.exp() * logprobs).sum(1), value
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
 # --------------------------------------------------------------------------------------------------- losses, advantages
@@ -392,35 +395,29 @@ class Rollout:
         self.finished = []  # (step, mean score, mean length) of the games that ended, one entry per step
 
 
-def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
-
-
 @torch.inference_mode()
-def collect(games: Games, network: Network, rollout: Rollout, generator: torch.Generator) -> None:
+def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
     device = generator.device
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
     for t in range(len(rollout.obs)):
         rollout.obs[t] = torch.from_numpy(games.obs)
-        logits, rollout.values[t] = network(rollout.obs[t])
-        rollout.actions[t] = sample(logits, generator)
-        rollout.logprobs[t] = logits.log_softmax(-1).gather(1, rollout.actions[t].unsqueeze(1))
-        step = games.step(rollout.actions[t].cpu().numpy())
-        rollout.rewards[t] = np.sign(step.reward)
-        rollout.dones[t] = step.terminated | step.truncated
-        rollout.valid[t] = step.valid
-        cut = step.truncated & ~step.terminated
+        rollout.actions[t], rollout.logprobs[t], rollout.values[t] = agent.act(rollout.obs[t], generator)
+        reward, terminated, truncated, final_obs = games.step(rollout.actions[t].cpu().numpy())
+        rollout.rewards[t] = np.sign(reward)
+        rollout.dones[t] = terminated | truncated
+        rollout.valid[t] = games.valid
+        cut = truncated & ~terminated
         if cut.any():
-            rollout.bootstraps[t, cut] = network(torch.from_numpy(step.final_obs[cut]).to(device))[1].cpu()
-        if step.game_over.any():
-            rollout.finished.append((t, games.score[step.game_over].mean(), games.length[step.game_over].mean()))
-    rollout.next_value[:] = network(torch.from_numpy(games.obs).to(device))[1]
+            _, value = agent.get_logprobs_and_value(torch.from_numpy(final_obs[cut]).to(device))
+            rollout.bootstraps[t, cut] = value.cpu()
+        if games.over.any():
+            rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
+    _, rollout.next_value[:] = agent.get_logprobs_and_value(torch.from_numpy(games.obs).to(device))
 
 
-def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+def update(agent: AtariAgent, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
     """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
     losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
     for _ in range(args.update_epochs):
@@ -431,22 +428,20 @@ def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Ar
             normalized = normalize(advantage, mb.valid) if args.norm_adv else advantage
             weight = mb.valid / mb.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
 
-            logits, value = network(mb.obs)
-            logprobs = logits.log_softmax(-1)
-            logprob = logprobs.gather(1, mb.actions.unsqueeze(1))
+            logprob, entropy, value = agent(mb.obs, mb.actions)
             coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
             policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
                 logprob, mb.logprobs, weight * normalized, *coefficients
             )
             value_loss = (weight * (value - mb.returns).square()).mean()
-            entropy = -(weight * (logprobs.exp() * logprobs).sum(1)).mean()
-            loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+            entropy_loss = -(weight * entropy).mean()
+            loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
 
-            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy)).detach())
+            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, -entropy_loss)).detach())
             samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized, mb.valid)))
         if args.target_kl is not None:
             logratio, _, _, valid = torch.cat(samples[-args.num_minibatches :], 1)
@@ -470,9 +465,9 @@ def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Ar
 
 
 @torch.inference_mode()
-def evaluate(network: Network, args: Args, sequence: np.random.SeedSequence, video: Path | None = None) -> np.ndarray:
+def evaluate(agent: AtariAgent, args: Args, sequence: np.random.SeedSequence, video: Path | None = None) -> np.ndarray:
     """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled."""
-    device = network.value.weight.device
+    device = agent.value.weight.device
     seeds = game_seeds(sequence, args.eval_episodes)
     games = Games(args.env_id, seeds, args.repeat_action_probability)
     generator = torch.Generator(device).manual_seed(int(seeds[0]))
@@ -484,12 +479,12 @@ def evaluate(network: Network, args: Args, sequence: np.random.SeedSequence, vid
         writer = imageio.get_writer(video, fps=15, macro_block_size=2)
     scores = np.full(args.eval_episodes, np.nan)
     while np.isnan(scores).any():
-        logits, _ = network(torch.from_numpy(games.obs).to(device))
-        step = games.step(sample(logits, generator).cpu().numpy())
+        action, _, _ = agent.act(torch.from_numpy(games.obs).to(device), generator)
+        games.step(action.cpu().numpy())
         if video and np.isnan(scores[0]):
             writer.append_data(frames[0, 0])
             frames = colour.step(games.action[:1])[0]
-        scores = np.where(step.game_over & np.isnan(scores), games.score, scores)
+        scores = np.where(games.over & np.isnan(scores), games.score, scores)
     if video:
         writer.close()
     return scores
@@ -532,8 +527,8 @@ def main(args: Args) -> None:
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
 
     games = Games(args.env_id, game_seeds(games_seed, args.num_envs), args.repeat_action_probability)
-    network = Network(games.num_actions).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    agent = AtariAgent(games.num_actions).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, args.num_envs, device)
 
     start_time = last_line = time.time()
@@ -545,7 +540,7 @@ def main(args: Args) -> None:
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
         global_step = iteration * batch_size
 
-        collect(games, network, rollout, generator)
+        collect(games, agent, rollout, generator)
 
         rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng)
         values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
@@ -556,7 +551,7 @@ def main(args: Args) -> None:
 
         tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
         batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
-        stats = update(network, optimizer, batch, clip_coef, args, minibatch_rng)
+        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
 
         valid = rollout.valid
         stats["losses/explained_variance"] = 1 - (returns - values)[valid].var() / (returns[valid].var() + 1e-8)
@@ -584,13 +579,13 @@ def main(args: Args) -> None:
         if crossed or iteration == num_iterations:
             eval_start = time.time()
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
-            scores = evaluate(network, args, eval_seed, video)
+            scores = evaluate(agent, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
             result = f"{scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} games)"
             tqdm.write(f"evaluation at {global_step} steps: {result}")
             start_time += time.time() - eval_start  # SPS is the speed of training
     progress.close()
-    torch.save({"network": network.state_dict()}, run / "model.pt")
+    torch.save({"agent": agent.state_dict()}, run / "model.pt")
     writer.close()
 
 

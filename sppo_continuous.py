@@ -211,75 +211,70 @@ class RunningMeanStd:
         return np.sqrt(self.sum_of_squares / max(self.count, 1) + 1e-8)
 
 
-def bin_values(space: gym.spaces.Box, num_bins: int) -> np.ndarray:
-    """The values (D, num_bins) that the D dimensions of a `Box` can take: evenly spaced, low and high included."""
-    return np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
+class BinnedActions:
+    """The policy's choices, a bin in each of D dimensions, as actions of the environment.
 
+    `values` (D, num_bins): for a `Box` evenly spaced from low to high, ends included; for a `Discrete` space, which is
+    one dimension, its own actions.
+    """
 
-class Step(NamedTuple):
-    """What one step of `num_envs` environments gives; each field has one entry per environment."""
+    def __init__(self, space: gym.spaces.Box | gym.spaces.Discrete, num_bins: int):
+        if isinstance(space, gym.spaces.Discrete):
+            self.values = space.start + np.arange(space.n)[np.newaxis]
+        else:
+            self.values = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
+        self.space_shape = space.shape
 
-    reward: np.ndarray  # normalised
-    terminated: np.ndarray  # the episode ended
-    truncated: np.ndarray  # the episode was cut off: its future goes on in the value of `final_obs`
-    final_obs: np.ndarray  # last observation of the episode, normalised; holds rubbish where it goes on
+    def __call__(self, bins: np.ndarray) -> np.ndarray:
+        """(num_envs, D) → (num_envs, *space.shape)"""
+        return self.values[np.arange(len(self.values)), bins].reshape(len(bins), *self.space_shape)
 
 
 class Environments:
     """Environments side by side, with running normalisation of observations and rewards; one that ends starts anew
     within the same step.
 
-    `obs` (num_envs, obs_dim) is what to act on next, normalised. `score` and `length` are the raw return and the steps
-    of each episode so far, the last step included; after an episode's end they hold the whole until the next step.
+    `obs` (num_envs, obs_dim), normalised, is what to act on next. Of the last step, with an entry per environment:
+    `score` (raw return) and `length` of the episode so far, or of the whole episode where it is `over`.
     """
 
-    def __init__(self, env_id: str, seeds: np.ndarray, num_bins: int, gamma: float):
+    def __init__(self, env_id: str, seeds: np.ndarray, gamma: float):
         self.envs = [gym.make(env_id) for _ in seeds]
-        self.gamma, self.space = gamma, self.envs[0].action_space
-        discrete = isinstance(self.space, gym.spaces.Discrete)
-        self.bins = None if discrete else bin_values(self.space, num_bins)
-        self.action_shape = (1, int(self.space.n)) if discrete else self.bins.shape  # dimensions, values of each
-        self.obs_stats = RunningMeanStd(self.envs[0].observation_space.shape)
-        self.return_stats = RunningMeanStd()
+        self.gamma, self.action_space = gamma, self.envs[0].action_space
+        self.obs_stats, self.return_stats = RunningMeanStd(self.envs[0].observation_space.shape), RunningMeanStd()
         self.obs = np.stack([self.observe(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds)])
-        self.discounted_return = np.zeros(len(seeds))
-        self.done = np.zeros(len(seeds), dtype=bool)
-        self.score = np.zeros(len(seeds))
-        self.length = np.zeros(len(seeds), dtype=int)
+        self.over = np.zeros(len(seeds), dtype=bool)
+        self.score, self.length, self.discounted_return = np.zeros((3, len(seeds)))
 
     def normalize(self, obs: np.ndarray) -> np.ndarray:
         """An observation with the statistics so far, clipped to ±10."""
         return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
 
     def observe(self, obs: np.ndarray) -> np.ndarray:
+        """The same, once the statistics have seen it."""
         self.obs_stats.update(obs)
         return self.normalize(obs)
 
-    def to_action(self, index: np.ndarray):
-        """The environment's own action for the policy's choice in each dimension, (D,)."""
-        if self.bins is None:
-            return self.space.start + index[0]
-        return self.bins[np.arange(len(index)), index].reshape(self.space.shape)
-
-    def step(self, index: np.ndarray) -> Step:
-        """`index`: (num_envs, D), the value chosen in each dimension."""
-        self.score[self.done] = self.length[self.done] = 0
-        self.discounted_return[self.done] = 0  # on truncation too
-        rewards, final_obs = np.zeros(len(self.envs)), np.empty_like(self.obs)
-        terminated, truncated = np.zeros((2, len(self.envs)), dtype=bool)
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Normalised reward; terminated; truncated (by a time limit); final_obs: last observation of an episode that is
+        over, normalised, rubbish elsewhere."""
+        for total in (self.score, self.length, self.discounted_return):  # after a truncation, too
+            total[self.over] = 0
+        reward, terminated, truncated = np.zeros(len(self.envs)), np.zeros_like(self.over), np.zeros_like(self.over)
+        final_obs = np.empty_like(self.obs)
         for i, env in enumerate(self.envs):
-            obs, reward, terminated[i], truncated[i], _ = env.step(self.to_action(index[i]))
-            self.score[i] += reward
-            self.discounted_return[i] = self.gamma * self.discounted_return[i] + reward
+            obs, raw_reward, terminated[i], truncated[i], _ = env.step(action[i])
+            self.score[i] += raw_reward
+            self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
             self.return_stats.update(self.discounted_return[i])
-            rewards[i] = np.clip(reward / self.return_stats.std, -10, 10)
+            reward[i] = np.clip(raw_reward / self.return_stats.std, -10, 10)
             if terminated[i] or truncated[i]:
-                final_obs[i] = self.normalize(obs)
+                final_obs[i] = self.normalize(obs)  # a value to bootstrap from, not an observation of the policy
                 obs, _ = env.reset()
             self.obs[i] = self.observe(obs)
         self.length += 1
-        self.done = terminated | truncated
-        return Step(rewards, terminated, truncated, final_obs)
+        self.over = terminated | truncated
+        return reward, terminated, truncated, final_obs
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -301,16 +296,33 @@ def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
     )
 
 
-class Network(nn.Module):
-    """Policy and value, two separate networks. (batch, obs_dim) → logits (batch, D, num_bins) and values (batch,)."""
+class BinnedAgent(nn.Module):
+    """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is independent categorical
+    distributions, one per action dimension, over the bins; `bins` is (D, num_bins)."""
 
-    def __init__(self, obs_dim: int, action_shape: tuple[int, int]):
+    def __init__(self, obs_dim: int, bins: tuple[int, int]):
         super().__init__()
-        self.policy = mlp(obs_dim, math.prod(action_shape), std=0.01).append(nn.Unflatten(1, action_shape))
+        self.policy = mlp(obs_dim, math.prod(bins), std=0.01).append(nn.Unflatten(1, bins))
         self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.policy(obs), self.value(obs)
+    def act(self, obs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Samples actions (batch, D)."""
+        return sample(self.policy(obs), generator)
+
+    def most_probable(self, obs: torch.Tensor) -> torch.Tensor:
+        """The most probable actions (batch, D)."""
+        return self.policy(obs).argmax(-1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of these actions, by dimension (batch, D), entropies (batch,), values (batch,)."""
+        logprobs = self.policy(obs).log_softmax(-1)
+        logprob = logprobs.gather(2, action.unsqueeze(2)).squeeze(2)
+        return logprob, -(logprobs.exp() * logprobs).sum((1, 2)), self.value(obs)
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
 # --------------------------------------------------------------------------------------------------- losses, advantages
@@ -413,32 +425,25 @@ class Rollout:
         self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
 
 
-def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
-
-
 @torch.inference_mode()
-def collect(envs: Environments, network: Network, rollout: Rollout, generator: torch.Generator) -> None:
+def collect(envs: Environments, to_action, agent: BinnedAgent, rollout: Rollout, generator: torch.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
     device = generator.device
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
     for t in range(len(rollout.obs)):
         rollout.obs[t] = envs.obs
-        logits = network.policy(torch.from_numpy(envs.obs).to(device))
-        rollout.actions[t] = sample(logits, generator).cpu().numpy()
-        step = envs.step(rollout.actions[t])
-        rollout.rewards[t] = step.reward
-        rollout.dones[t] = envs.done
-        cut = step.truncated & ~step.terminated
+        rollout.actions[t] = agent.act(torch.from_numpy(envs.obs).to(device), generator).cpu()
+        rollout.rewards[t], terminated, truncated, final_obs = envs.step(to_action(rollout.actions[t]))
+        rollout.dones[t] = envs.over
+        cut = truncated & ~terminated
         if cut.any():
-            rollout.bootstraps[t, cut] = network.value(torch.from_numpy(step.final_obs[cut]).to(device)).cpu()
-        if envs.done.any():
-            rollout.finished.append((t, envs.score[envs.done].mean(), envs.length[envs.done].mean()))
+            rollout.bootstraps[t, cut] = agent.value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
+        if envs.over.any():
+            rollout.finished.append((t, envs.score[envs.over].mean(), envs.length[envs.over].mean()))
 
 
-def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+def update(agent: BinnedAgent, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
     """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
     losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
     for _ in range(args.update_epochs):
@@ -448,22 +453,20 @@ def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Ar
             advantage = flip_signs(mb.advantages, args.advantage_noise, rng)
             normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if args.norm_adv else advantage
 
-            logits, value = network(mb.obs)
-            logprobs = logits.log_softmax(-1)
-            logprob = logprobs.gather(2, mb.actions.unsqueeze(2)).squeeze(2)
+            logprob, entropy, value = agent(mb.obs, mb.actions)
             coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
             policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
                 logprob, mb.logprobs, normalized, *coefficients
             )
             value_loss = (value - mb.returns).square().mean()
-            entropy = -(logprobs.exp() * logprobs).sum((1, 2)).mean()
-            loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+            entropy_loss = -entropy.mean()
+            loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
 
-            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy)).detach())
+            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, -entropy_loss)).detach())
             samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized)))
         if args.target_kl is not None:
             logratio = torch.cat(samples[-args.num_minibatches :], 1)[0]
@@ -485,21 +488,23 @@ def update(network: Network, optimizer, batch: Batch, clip_coef: float, args: Ar
 
 
 @torch.inference_mode()
-def evaluate(network: Network, envs: Environments, args: Args, seed: int, video: Path | None = None) -> np.ndarray:
+def evaluate(
+    agent: BinnedAgent, envs: Environments, to_action, args: Args, seed: int, video: Path | None = None
+) -> np.ndarray:
     """Raw returns (eval_episodes,) with the most probable actions and the statistics of `envs`, which do not change."""
     env = gym.make(args.env_id, render_mode="rgb_array" if video else None)
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
-    device, returns = next(network.parameters()).device, np.zeros(args.eval_episodes)
+    device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=seed if episode == 0 else None)
         done = False
         while not done:
             if video and episode == 0:
                 writer.append_data(env.render())
-            logits = network.policy(torch.from_numpy(envs.normalize(obs)).to(device).unsqueeze(0))
-            obs, reward, terminated, truncated, _ = env.step(envs.to_action(logits.argmax(-1)[0].cpu().numpy()))
+            action = agent.most_probable(torch.from_numpy(envs.normalize(obs)[np.newaxis]).to(device)).cpu().numpy()
+            obs, reward, terminated, truncated, _ = env.step(to_action(action)[0])
             returns[episode] += reward
             done = terminated or truncated
     env.close()
@@ -544,10 +549,11 @@ def main(args: Args) -> None:
     generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
 
-    envs = Environments(args.env_id, envs_seed.generate_state(args.num_envs), args.num_bins, args.gamma)
-    network = Network(envs.obs.shape[1], envs.action_shape).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], envs.action_shape[0])
+    envs = Environments(args.env_id, envs_seed.generate_state(args.num_envs), args.gamma)
+    to_action = BinnedActions(envs.action_space, args.num_bins)
+    agent = BinnedAgent(envs.obs.shape[1], to_action.values.shape).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], len(to_action.values))
 
     start_time = last_line = time.time()
     recent_returns = deque(maxlen=100)
@@ -558,12 +564,11 @@ def main(args: Args) -> None:
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
         global_step = iteration * batch_size
 
-        collect(envs, network, rollout, generator)
+        collect(envs, to_action, agent, rollout, generator)
         obs, actions = (torch.from_numpy(x).to(device).flatten(0, 1) for x in (rollout.obs, rollout.actions))
         with torch.no_grad():  # all log π_old and values at once
-            logits, values = network(obs)
-            logprobs = logits.log_softmax(-1).gather(2, actions.unsqueeze(2)).squeeze(2)
-            next_value = network.value(torch.from_numpy(envs.obs).to(device)).cpu().numpy()
+            logprobs, _, values = agent(obs, actions)
+            next_value = agent.value(torch.from_numpy(envs.obs).to(device)).cpu().numpy()
         values = values.cpu().numpy().reshape(rollout.rewards.shape)
 
         rewards = add_noise(rollout.rewards, args.reward_noise, noise_rng)
@@ -575,7 +580,7 @@ def main(args: Args) -> None:
 
         tensors = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
         batch = Batch(obs, actions, logprobs, *tensors)
-        stats = update(network, optimizer, batch, clip_coef, args, minibatch_rng)
+        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
 
         stats["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
         weighting = (args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
@@ -602,14 +607,14 @@ def main(args: Args) -> None:
         if crossed or iteration == num_iterations:
             eval_start = time.time()
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
-            returns = evaluate(network, envs, args, int(eval_seed.generate_state(1)[0]), video)
+            returns = evaluate(agent, envs, to_action, args, int(eval_seed.generate_state(1)[0]), video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
             result = f"{returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)"
             tqdm.write(f"evaluation at {global_step} steps: {result}")
             start_time += time.time() - eval_start  # SPS is the speed of training
     progress.close()
     obs_stats = {"mean": torch.from_numpy(envs.obs_stats.mean), "std": torch.from_numpy(envs.obs_stats.std)}
-    torch.save({"network": network.state_dict(), "obs_stats": obs_stats}, run / "model.pt")
+    torch.save({"agent": agent.state_dict(), "obs_stats": obs_stats}, run / "model.pt")
     writer.close()
 
 
