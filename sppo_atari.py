@@ -32,7 +32,7 @@ The algorithm, as `main` runs it:
         advantages A by GAE, returns = A + values                 gae
         for each epoch, for each minibatch                        update
             normalise A, take a gradient step on the loss         normalize, symmetric_ppo_loss
-    play full games and report their raw score                    evaluate
+    play full games and report their raw score                    evaluate_games
 
     python sppo_atari.py --env-id ALE/Breakout-v5
     python sppo_atari.py --env-id WizardOfWorNoFrameskip-v4 --reward-noise 0.1 --seed 2
@@ -268,6 +268,9 @@ class AtariAgent(nn.Module):
         action = sample(logprobs, generator)
         return action, logprobs.gather(1, action.unsqueeze(1)), value
 
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.get_logprobs_and_value(obs)[1]
+
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of these actions (batch, 1), entropies (batch,), values (batch,)."""
         logprobs, value = self.get_logprobs_and_value(obs)
@@ -410,11 +413,10 @@ def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.
         rollout.valid[t] = games.valid
         cut = truncated & ~terminated
         if cut.any():
-            _, value = agent.get_logprobs_and_value(torch.from_numpy(final_obs[cut]).to(device))
-            rollout.bootstraps[t, cut] = value.cpu()
+            rollout.bootstraps[t, cut] = agent.get_value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
         if games.over.any():
             rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
-    _, rollout.next_value[:] = agent.get_logprobs_and_value(torch.from_numpy(games.obs).to(device))
+    rollout.next_value[:] = agent.get_value(torch.from_numpy(games.obs).to(device))
 
 
 def update(agent: AtariAgent, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
@@ -465,7 +467,7 @@ def update(agent: AtariAgent, optimizer, batch: Batch, clip_coef: float, args: A
 
 
 @torch.inference_mode()
-def evaluate(agent: AtariAgent, args: Args, sequence: np.random.SeedSequence, video: Path | None = None) -> np.ndarray:
+def evaluate_games(agent: AtariAgent, args: Args, sequence: np.random.SeedSequence, video: Path | None) -> np.ndarray:
     """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled."""
     device = agent.value.weight.device
     seeds = game_seeds(sequence, args.eval_episodes)
@@ -579,7 +581,7 @@ def main(args: Args) -> None:
         if crossed or iteration == num_iterations:
             eval_start = time.time()
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
-            scores = evaluate(agent, args, eval_seed, video)
+            scores = evaluate_games(agent, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
             result = f"{scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} games)"
             tqdm.write(f"evaluation at {global_step} steps: {result}")

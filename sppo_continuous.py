@@ -34,7 +34,7 @@ The algorithm, as `main` runs it:
         advantages A by GAE, returns = A + values                 gae
         for each epoch, for each minibatch                        update
             normalise A, take a gradient step on the loss         symmetric_ppo_loss
-    play episodes with the most probable actions                  evaluate
+    play episodes with the most probable actions                  evaluate_episodes
 
     python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
     python sppo_continuous.py --env-id CartPole-v1 --total-timesteps 200000
@@ -309,6 +309,9 @@ class BinnedAgent(nn.Module):
         """Samples actions (batch, D)."""
         return sample(self.policy(obs), generator)
 
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.value(obs)
+
     def most_probable(self, obs: torch.Tensor) -> torch.Tensor:
         """The most probable actions (batch, D)."""
         return self.policy(obs).argmax(-1)
@@ -415,10 +418,13 @@ class Batch(NamedTuple):
 class Rollout:
     """`num_steps` steps of `num_envs` environments; arrays of shape (num_steps, num_envs, …)."""
 
-    def __init__(self, num_steps: int, num_envs: int, obs_dim: int, action_dims: int):
+    def __init__(self, num_steps: int, num_envs: int, obs_dim: int, action_dims: int, device: torch.device):
         shape = (num_steps, num_envs)
-        self.obs = np.zeros((*shape, obs_dim), dtype=np.float32)
-        self.actions = np.zeros((*shape, action_dims), dtype=np.int64)
+        self.obs = torch.zeros((*shape, obs_dim), device=device)
+        self.actions = torch.zeros((*shape, action_dims), dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((*shape, action_dims), device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.next_value = torch.zeros(num_envs, device=device)  # of the observation after the last step
         self.rewards = np.zeros(shape, dtype=np.float32)  # normalised
         self.dones = np.zeros(shape, dtype=bool)
         self.bootstraps = np.zeros(shape, dtype=np.float32)  # V(final observation) where truncated, else 0
@@ -432,15 +438,19 @@ def collect(envs: Environments, to_action, agent: BinnedAgent, rollout: Rollout,
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
     for t in range(len(rollout.obs)):
-        rollout.obs[t] = envs.obs
-        rollout.actions[t] = agent.act(torch.from_numpy(envs.obs).to(device), generator).cpu()
-        rollout.rewards[t], terminated, truncated, final_obs = envs.step(to_action(rollout.actions[t]))
+        rollout.obs[t] = torch.from_numpy(envs.obs)
+        rollout.actions[t] = agent.act(rollout.obs[t], generator)
+        reward, terminated, truncated, final_obs = envs.step(to_action(rollout.actions[t].cpu().numpy()))
+        rollout.rewards[t] = reward
         rollout.dones[t] = envs.over
         cut = truncated & ~terminated
         if cut.any():
-            rollout.bootstraps[t, cut] = agent.value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
+            rollout.bootstraps[t, cut] = agent.get_value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
         if envs.over.any():
             rollout.finished.append((t, envs.score[envs.over].mean(), envs.length[envs.over].mean()))
+    logprobs, _, values = agent(rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1))  # all at once: much faster
+    rollout.logprobs[:], rollout.values[:] = logprobs.view_as(rollout.logprobs), values.view_as(rollout.values)
+    rollout.next_value[:] = agent.get_value(torch.from_numpy(envs.obs).to(device))
 
 
 def update(agent: BinnedAgent, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
@@ -488,8 +498,8 @@ def update(agent: BinnedAgent, optimizer, batch: Batch, clip_coef: float, args: 
 
 
 @torch.inference_mode()
-def evaluate(
-    agent: BinnedAgent, envs: Environments, to_action, args: Args, seed: int, video: Path | None = None
+def evaluate_episodes(
+    agent: nn.Module, envs: Environments, to_action, args: Args, sequence: np.random.SeedSequence, video: Path | None
 ) -> np.ndarray:
     """Raw returns (eval_episodes,) with the most probable actions and the statistics of `envs`, which do not change."""
     env = gym.make(args.env_id, render_mode="rgb_array" if video else None)
@@ -497,8 +507,8 @@ def evaluate(
         video.parent.mkdir(parents=True, exist_ok=True)
         writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
-    for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
+    for episode, seed in enumerate(sequence.generate_state(args.eval_episodes)):
+        obs, _ = env.reset(seed=int(seed))
         done = False
         while not done:
             if video and episode == 0:
@@ -553,7 +563,7 @@ def main(args: Args) -> None:
     to_action = BinnedActions(envs.action_space, args.num_bins)
     agent = BinnedAgent(envs.obs.shape[1], to_action.values.shape).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], len(to_action.values))
+    rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], len(to_action.values), device)
 
     start_time = last_line = time.time()
     recent_returns = deque(maxlen=100)
@@ -565,26 +575,21 @@ def main(args: Args) -> None:
         global_step = iteration * batch_size
 
         collect(envs, to_action, agent, rollout, generator)
-        obs, actions = (torch.from_numpy(x).to(device).flatten(0, 1) for x in (rollout.obs, rollout.actions))
-        with torch.no_grad():  # all log π_old and values at once
-            logprobs, _, values = agent(obs, actions)
-            next_value = agent.value(torch.from_numpy(envs.obs).to(device)).cpu().numpy()
-        values = values.cpu().numpy().reshape(rollout.rewards.shape)
 
         rewards = add_noise(rollout.rewards, args.reward_noise, noise_rng)
-        bootstrap = args.gamma * rollout.bootstraps
-        context = (values, rollout.dones, next_value, args.gamma, args.gae_lambda)
+        values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
+        context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
         advantages = gae(rewards + bootstrap, *context)
         clean_advantages = gae(rollout.rewards + bootstrap, *context)
         returns = advantages + values
 
-        tensors = (torch.from_numpy(x).to(device).flatten() for x in (advantages, returns))
-        batch = Batch(obs, actions, logprobs, *tensors)
+        tensors = (torch.from_numpy(x).to(device) for x in (advantages, returns))
+        batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
         stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
 
         stats["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
         weighting = (args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
-        stats["losses/mean_weight"] = mean_weight(logprobs, *weighting)
+        stats["losses/mean_weight"] = mean_weight(batch.logprobs, *weighting)
         stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages)).mean()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         stats["charts/SPS"] = global_step / (time.time() - start_time)
@@ -607,7 +612,7 @@ def main(args: Args) -> None:
         if crossed or iteration == num_iterations:
             eval_start = time.time()
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
-            returns = evaluate(agent, envs, to_action, args, int(eval_seed.generate_state(1)[0]), video)
+            returns = evaluate_episodes(agent, envs, to_action, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
             result = f"{returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)"
             tqdm.write(f"evaluation at {global_step} steps: {result}")

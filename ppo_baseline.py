@@ -1,0 +1,829 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "gymnasium==1.4.0",
+#   "ale-py==0.12.1",
+#   "mujoco==4.0.0",
+#   "box2d==2.3.10",
+#   "pygame-ce==2.5.8",
+#   "tyro==1.0.17",
+#   "tensorboard==2.21.0",
+#   "tqdm==4.70.1",
+#   "imageio[ffmpeg]==2.38.1",
+# ]
+# ///
+"""PPO (Schulman et al., 2017) for Atari and continuous control: what the symmetric loss is measured against.
+
+With r = π / π_old for the action taken and A the advantage:
+
+    forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)
+    policy loss = pg_coef · forward
+    loss = policy loss − ent_coef · entropy + vf_coef · value loss
+
+It differs from `sppo_atari.py` and `sppo_continuous.py` in the loss alone. The released SPPO has exactly the gradient
+of PPO with `pg_coef` = α + β|Z|, its matched control. Continuous actions are Gaussian or, as in SPPO, cut into bins.
+
+The algorithm, as `main` runs it:
+
+    for each iteration
+        act in num_envs environments for num_steps steps          collect
+        add noise to the rewards (only if asked for)              flip_rewards, add_noise
+        advantages A by GAE, returns = A + values                 gae
+        for each epoch, for each minibatch                        update
+            normalise A, take a gradient step on the loss         normalize, ppo_loss
+    play and report the raw return                                evaluate_games, evaluate_episodes
+
+    python ppo_baseline.py --env-id ALE/Breakout-v5
+    python ppo_baseline.py --env-id Hopper-v5 --total-timesteps 1000000
+    python ppo_baseline.py --env-id Hopper-v5 --policy discretized --pg-coef 20.5 --reward-noise 0.05
+"""
+
+import difflib
+import importlib.util
+import math
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a screen; must be set before it is imported
+
+import ale_py
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+
+
+@dataclass
+class Args:
+    """PPO for Atari and continuous control. What is None by default depends on the kind of environment."""
+
+    env_id: str = "Hopper-v5"
+    """an Atari game (`ALE/Breakout-v5`, `BreakoutNoFrameskip-v4`), or flat observations, `Box` or `Discrete` actions"""
+    policy: Literal["gaussian", "discretized"] = "gaussian"
+    """for `Box` actions: a Gaussian, or `num_bins` values per dimension; no effect on Atari and `Discrete` actions"""
+    num_bins: int = 11
+    """values per dimension of the discretized policy, evenly spaced, ends included"""
+    seed: int = 1
+    """seed of the run: weights, environments, actions, minibatches, noise"""
+    total_timesteps: int | None = None
+    """environment steps; the last incomplete batch is left out (Atari 5,000,000, else 2,000,000)"""
+    num_envs: int | None = None
+    """environments stepped side by side (Atari 8, else 1)"""
+    num_steps: int | None = None
+    """steps in each environment per iteration (Atari 128, else 2048)"""
+    num_minibatches: int | None = None
+    """minibatches per epoch (Atari 4, else 32)"""
+    update_epochs: int | None = None
+    """passes over each batch (Atari 4, else 10)"""
+    learning_rate: float | None = None
+    """step size of Adam (Atari 2.5e-4, else 3e-4)"""
+    anneal_lr: bool | None = None
+    """lower the learning rate linearly to 0 (Atari True, else False)"""
+    gamma: float = 0.99
+    """discount factor γ"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    clip_coef: float | None = None
+    """clip range ε (Atari 0.1, else 0.2)"""
+    anneal_clip: bool | None = None
+    """lower the clip range linearly to 0 (Atari True, else False)"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    pg_coef: float = 1.0
+    """weight of the policy loss; α + β|Z| makes the matched control of SPPO"""
+    ent_coef: float | None = None
+    """weight of the entropy bonus (Atari 0.01, else 0.0)"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """end an iteration's updates after an epoch whose mean approximate KL exceeds this"""
+
+    reward_noise: float = 0.0
+    """Atari: probability that the learner sees 1 − reward; else: std of Gaussian noise on the normalised reward"""
+    advantage_noise: float = 0.0
+    """probability that a sample's advantage changes sign, redrawn for every minibatch"""
+    repeat_action_probability: float = 0.0
+    """Atari: sticky actions, probability that a game repeats the last action"""
+
+    eval_interval: int = 0
+    """steps between evaluations; 0: only after the last update (the final score)"""
+    eval_episodes: int = 10
+    """episodes in an evaluation (Atari: full games, actions sampled, else: the most probable action)"""
+    capture_video: bool = False
+    """save a video of the first episode of each evaluation"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    torch_deterministic: bool = True
+    """ask cuDNN for reproducible results"""
+    torch_threads: int | None = None
+    """CPU threads of torch; 0: torch's own choice (Atari 0, else 1: more only slow down small networks)"""
+    track: bool = False
+    """mirror the run to Weights & Biases"""
+    wandb_project_name: str = "symmetric-rl"
+    """project at Weights & Biases"""
+    wandb_entity: str | None = None
+    """team at Weights & Biases"""
+
+
+ATARI = dict(
+    total_timesteps=5_000_000, num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4, learning_rate=2.5e-4,
+    anneal_lr=True, clip_coef=0.1, anneal_clip=True, ent_coef=0.01, torch_threads=0,
+)
+CONTROL = dict(
+    total_timesteps=2_000_000, num_envs=1, num_steps=2048, num_minibatches=32, update_epochs=10, learning_rate=3e-4,
+    anneal_lr=False, clip_coef=0.2, anneal_clip=False, ent_coef=0.0, torch_threads=1,
+)
+
+
+def is_atari(env_id: str) -> bool:
+    return env_id in gym.registry and (env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4"))
+
+
+def fill_in(args: Args) -> None:
+    """Gives the flags that are None the default of the environment's kind."""
+    for name, value in (ATARI if is_atari(args.env_id) else CONTROL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def validate(args: Args) -> None:
+    """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
+    if not is_atari(args.env_id):
+        check_environment(args.env_id)
+    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.num_bins < 2:
+        raise ValueError(f"--num-bins must be at least 2, not {args.num_bins}")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        raise ValueError(
+            f"a batch of {args.num_envs} × {args.num_steps} = {batch_size} steps does not divide "
+            f"into --num-minibatches {args.num_minibatches}"
+        )
+    if args.total_timesteps < batch_size:
+        raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    probabilities = ["gamma", "gae_lambda", "advantage_noise", "repeat_action_probability"]
+    for name in probabilities + ["reward_noise"] * is_atari(args.env_id):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
+    for name in ("pg_coef", "reward_noise", "ent_coef", "vf_coef", "seed", "eval_interval", "torch_threads"):
+        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and not negative, not {getattr(args, name)}")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and positive, not {value}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb")
+
+
+def check_environment(env_id: str) -> None:
+    """Raises ValueError, with one line to print, unless the environment exists and the script takes its spaces."""
+    try:
+        env = gym.make(env_id)
+    except gym.error.UnregisteredEnv:
+        known = {name.lower(): name for name in gym.registry}
+        near = [known[name] for name in difflib.get_close_matches(env_id.lower(), known)] or ["Hopper-v5"]
+        raise ValueError(f"--env-id {env_id} is not known; did you mean {' or '.join(near)}?") from None
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}") from None
+    obs_space, action_space = env.observation_space, env.action_space
+    env.close()
+    if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+        raise ValueError(f"--env-id {env_id} has observations {obs_space}; this script takes flat Box ones")
+    finite_box = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if not (finite_box or isinstance(action_space, gym.spaces.Discrete)):
+        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Box or Discrete ones")
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **options) -> AtariVectorEnv:
+    """ale-py's native vector environment with the usual preprocessing: 84×84 greyscale, 4 frames stacked, actions held
+    for 4 frames, up to 30 no-ops and FIRE at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
+    return AtariVectorEnv(
+        gym.spec(env_id).kwargs["game"],
+        num_envs,
+        repeat_action_probability=repeat_action_probability,
+        reward_clipping=False,  # the raw score is what is reported
+        life_loss_info=True,  # a lost life sets `terminated` and the game goes on
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # a finished game starts anew within the same step
+        **options,
+    )
+
+
+class Games:
+    """Games side by side. After a lost life it presses FIRE for one step, where the game has it: none stands waiting.
+
+    `obs` is what to act on next. Of the last step, with an entry per game: `score` and `length` (in steps) of the game
+    so far, or of the whole game where it is `over`; `valid`, False where FIRE was pressed for the learner: no sample.
+    """
+
+    def __init__(self, env_id: str, seeds: np.ndarray, repeat_action_probability: float):
+        self.envs = make_games(env_id, len(seeds), repeat_action_probability)
+        actions = self.envs.ale.get_action_set()
+        self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
+        self.num_actions = len(actions)
+        self.obs, info = self.envs.reset(seed=seeds)
+        self.frame = info["episode_frame_number"]
+        self.must_fire, self.over = np.zeros((2, len(seeds)), dtype=bool)
+        self.score, self.length = np.zeros((2, len(seeds)))
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Raw reward; terminated: the game is over or a life is lost; truncated: it was cut off at 108,000 frames;
+        final_obs: last observation of the game where truncated, rubbish elsewhere."""
+        self.score[self.over] = self.length[self.over] = 0
+        self.valid = ~self.must_fire
+        self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
+        self.obs, reward, terminated, truncated, info = self.envs.step(self.action)
+        self.over = info["episode_frame_number"] <= self.frame  # it only falls when a new game has begun
+        self.frame = info["episode_frame_number"]
+        self.score += reward
+        self.length += 1
+        if self.fire is not None:
+            self.must_fire = terminated & ~self.over
+        return reward, terminated, truncated, info.get("final_obs")
+
+
+def game_seeds(sequence: np.random.SeedSequence, num_envs: int) -> np.ndarray:
+    """Independent seeds, one per game: seed, seed + 1, … would let runs of neighbouring seeds share games."""
+    return sequence.generate_state(num_envs) >> 1  # ale-py takes 31 bits
+
+
+class RunningMeanStd:
+    """Mean and variance of all samples so far (Welford, 1962)."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        self.count, self.mean, self.sum_of_squares = 0, np.zeros(shape), np.zeros(shape)
+
+    def update(self, sample: np.ndarray) -> None:
+        self.count += 1
+        delta = sample - self.mean
+        self.mean = self.mean + delta / self.count
+        self.sum_of_squares = self.sum_of_squares + delta * (sample - self.mean)
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.sum_of_squares / max(self.count, 1) + 1e-8)
+
+
+class BinnedActions:
+    """The policy's choices, a bin in each of D dimensions, as actions of the environment.
+
+    `values` (D, num_bins): for a `Box` evenly spaced from low to high, ends included; for a `Discrete` space, which is
+    one dimension, its own actions.
+    """
+
+    def __init__(self, space: gym.spaces.Box | gym.spaces.Discrete, num_bins: int):
+        if isinstance(space, gym.spaces.Discrete):
+            self.values = space.start + np.arange(space.n)[np.newaxis]
+        else:
+            self.values = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
+        self.space_shape = space.shape
+
+    def __call__(self, bins: np.ndarray) -> np.ndarray:
+        """(num_envs, D) → (num_envs, *space.shape)"""
+        return self.values[np.arange(len(self.values)), bins].reshape(len(bins), *self.space_shape)
+
+
+class Environments:
+    """Environments side by side, with running normalisation of observations and rewards; one that ends starts anew
+    within the same step.
+
+    `obs` (num_envs, obs_dim), normalised, is what to act on next. Of the last step, with an entry per environment:
+    `score` (raw return) and `length` of the episode so far, or of the whole episode where it is `over`.
+    """
+
+    def __init__(self, env_id: str, seeds: np.ndarray, gamma: float):
+        self.envs = [gym.make(env_id) for _ in seeds]
+        self.gamma, self.action_space = gamma, self.envs[0].action_space
+        self.obs_stats, self.return_stats = RunningMeanStd(self.envs[0].observation_space.shape), RunningMeanStd()
+        self.obs = np.stack([self.observe(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds)])
+        self.over = np.zeros(len(seeds), dtype=bool)
+        self.score, self.length, self.discounted_return = np.zeros((3, len(seeds)))
+
+    def normalize(self, obs: np.ndarray) -> np.ndarray:
+        """An observation with the statistics so far, clipped to ±10."""
+        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
+
+    def observe(self, obs: np.ndarray) -> np.ndarray:
+        """The same, once the statistics have seen it."""
+        self.obs_stats.update(obs)
+        return self.normalize(obs)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Normalised reward; terminated; truncated (by a time limit); final_obs: last observation of an episode that is
+        over, normalised, rubbish elsewhere."""
+        for total in (self.score, self.length, self.discounted_return):  # after a truncation, too
+            total[self.over] = 0
+        reward, terminated, truncated = np.zeros(len(self.envs)), np.zeros_like(self.over), np.zeros_like(self.over)
+        final_obs = np.empty_like(self.obs)
+        for i, env in enumerate(self.envs):
+            obs, raw_reward, terminated[i], truncated[i], _ = env.step(action[i])
+            self.score[i] += raw_reward
+            self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
+            self.return_stats.update(self.discounted_return[i])
+            reward[i] = np.clip(raw_reward / self.return_stats.std, -10, 10)
+            if terminated[i] or truncated[i]:
+                final_obs[i] = self.normalize(obs)  # a value to bootstrap from, not an observation of the policy
+                obs, _ = env.reset()
+            self.obs[i] = self.observe(obs)
+        self.length += 1
+        self.over = terminated | truncated
+        return reward, terminated, truncated, final_obs
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class AtariAgent(nn.Module):
+    """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 4, 84, 84) uint8."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.features = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
+        self.value = layer_init(nn.Linear(512, 1), std=1.0)
+        self.to(memory_format=torch.channels_last)  # convolutions are much faster so, on CPU and GPU
+
+    def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
+        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last) / 255
+        features = self.features(pixels)
+        return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
+
+    def act(self, obs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Samples actions (batch,); their log-probabilities (batch, 1), one action dimension, and values (batch,)."""
+        logprobs, value = self.get_logprobs_and_value(obs)
+        action = sample(logprobs, generator)
+        return action, logprobs.gather(1, action.unsqueeze(1)), value
+
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.get_logprobs_and_value(obs)[1]
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of these actions (batch, 1), entropies (batch,), values (batch,)."""
+        logprobs, value = self.get_logprobs_and_value(obs)
+        return logprobs.gather(1, action.unsqueeze(1)), -(logprobs.exp() * logprobs).sum(1), value
+
+
+def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
+    return nn.Sequential(
+        layer_init(nn.Linear(inputs, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, outputs), std),
+    )
+
+
+class BinnedAgent(nn.Module):
+    """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is independent categorical
+    distributions, one per action dimension, over the bins; `bins` is (D, num_bins)."""
+
+    def __init__(self, obs_dim: int, bins: tuple[int, int]):
+        super().__init__()
+        self.policy = mlp(obs_dim, math.prod(bins), std=0.01).append(nn.Unflatten(1, bins))
+        self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
+
+    def act(self, obs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Samples actions (batch, D)."""
+        return sample(self.policy(obs), generator)
+
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.value(obs)
+
+    def most_probable(self, obs: torch.Tensor) -> torch.Tensor:
+        """The most probable actions (batch, D)."""
+        return self.policy(obs).argmax(-1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of these actions, by dimension (batch, D), entropies (batch,), values (batch,)."""
+        logprobs = self.policy(obs).log_softmax(-1)
+        logprob = logprobs.gather(2, action.unsqueeze(2)).squeeze(2)
+        return logprob, -(logprobs.exp() * logprobs).sum((1, 2)), self.value(obs)
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+class GaussianAgent(nn.Module):
+    """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is independent Gaussians, one
+    per action dimension, with a standard deviation that is learned and the same everywhere."""
+
+    def __init__(self, obs_dim: int, action_dims: int):
+        super().__init__()
+        self.policy = mlp(obs_dim, action_dims, std=0.01)
+        self.log_std = nn.Parameter(torch.zeros(action_dims))
+        self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
+
+    def act(self, obs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Samples actions (batch, D), not clipped."""
+        mean = self.policy(obs)
+        return mean + self.log_std.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+
+    def most_probable(self, obs: torch.Tensor) -> torch.Tensor:
+        """The most probable actions (batch, D), not clipped."""
+        return self.policy(obs)
+
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.value(obs)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of these actions, by dimension (batch, D), entropies (batch,), values (batch,)."""
+        deviation = (action - self.policy(obs)) / self.log_std.exp()
+        logprob = -0.5 * deviation.square() - self.log_std - 0.5 * math.log(2 * math.pi)
+        entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.log_std).sum()
+        return logprob, entropy.expand(len(obs)), self.value(obs)
+
+
+class ClippedActions:
+    """The Gaussian's draws as actions of the environment: clipped to the box."""
+
+    def __init__(self, space: gym.spaces.Box):
+        self.space = space
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """(num_envs, D) → (num_envs, *space.shape)"""
+        return action.reshape(len(action), *self.space.shape).clip(self.space.low, self.space.high)
+
+
+# --------------------------------------------------------------------------------------------------- losses, advantages
+
+
+def ppo_loss(
+    logprob: torch.Tensor, old_logprob: torch.Tensor, advantage: torch.Tensor, clip_coef: float
+) -> torch.Tensor:
+    """PPO's clipped loss −min(r·A, clip(r, 1−ε, 1+ε)·A), mean over the batch (Schulman et al., 2017, equation 7).
+
+    `logprob`, `old_logprob`: (batch, D), a column per action dimension; r is the joint ratio. `advantage`: (batch,).
+    """
+    ratio = (logprob.sum(1) - old_logprob.sum(1)).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
+
+
+def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
+
+    `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
+    step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
+    """
+    advantages = np.zeros_like(rewards)
+    advantage = np.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        following_value = next_value if t == len(rewards) - 1 else values[t + 1]
+        delta = rewards[t] + gamma * following_value * ~dones[t] - values[t]
+        advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
+        advantages[t] = advantage
+    return advantages
+
+
+def normalize(advantage: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Advantages (batch,) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
+    count = valid.sum()
+    centred = advantage - (advantage * valid).sum() / count.clamp(min=1)
+    std = ((centred.square() * valid).sum() / (count - 1).clamp(min=1)).sqrt()
+    return centred / (std + 1e-8)
+
+
+def flip_rewards(reward: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Binary symmetric channel: each reward becomes 1 − reward with `probability`. On average (1 − 2p) · reward + p.
+
+    Zeros become ones too, on every step; −1 becomes 2. That is the released code's formula.
+    """
+    return np.where(rng.random(reward.shape) < probability, 1 - reward, reward)
+
+
+def add_noise(reward: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray:
+    """Adds Gaussian noise with mean 0 and the given standard deviation to (normalised) rewards."""
+    return reward + std * rng.standard_normal(reward.shape, dtype=reward.dtype)
+
+
+def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
+    """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
+    flipped = torch.from_numpy(rng.random(len(advantage)) < probability).to(advantage.device)
+    return torch.where(flipped, -advantage, advantage)
+
+
+# ------------------------------------------------------------------------------------------------------------ algorithm
+
+
+class Batch(NamedTuple):
+    """The steps of one iteration, as tensors of shape (batch, …)."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor
+    logprobs: torch.Tensor  # (batch, D), log π_old
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    valid: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner
+
+
+class Rollout:
+    """`num_steps` steps of `num_envs` environments; arrays of shape (num_steps, num_envs, …)."""
+
+    def __init__(self, num_steps: int, obs: torch.Tensor, action: torch.Tensor):
+        shape = (num_steps, len(obs))
+        self.obs = torch.zeros((num_steps, *obs.shape), dtype=obs.dtype, device=obs.device)
+        self.actions = torch.zeros((num_steps, *action.shape), dtype=action.dtype, device=obs.device)
+        self.logprobs = torch.zeros((*shape, action.shape[1:].numel()), device=obs.device)
+        self.values = torch.zeros(shape, device=obs.device)
+        self.next_value = torch.zeros(len(obs), device=obs.device)  # of the observation after the last step
+        self.rewards = np.zeros(shape, dtype=np.float32)  # Atari: the sign of the raw reward, else: normalised
+        self.dones = np.zeros(shape, dtype=bool)
+        self.bootstraps = np.zeros(shape, dtype=np.float32)  # V(final observation) where truncated, else 0
+        self.valid = np.ones(shape, dtype=bool)  # False where FIRE was pressed for the learner
+        self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
+
+
+@torch.inference_mode()
+def collect(envs, to_action, agent: nn.Module, rollout: Rollout, generator: torch.Generator) -> None:
+    """Plays the policy and overwrites `rollout` with what happened. `envs`: `Games` or `Environments`."""
+    device, atari = generator.device, isinstance(envs, Games)
+    rollout.finished.clear()
+    rollout.bootstraps[:] = 0
+    for t in range(len(rollout.obs)):
+        rollout.obs[t] = torch.from_numpy(envs.obs)
+        if atari:
+            rollout.actions[t], rollout.logprobs[t], rollout.values[t] = agent.act(rollout.obs[t], generator)
+        else:
+            rollout.actions[t] = agent.act(rollout.obs[t], generator)
+        reward, terminated, truncated, final_obs = envs.step(to_action(rollout.actions[t].cpu().numpy()))
+        rollout.rewards[t] = np.sign(reward) if atari else reward
+        rollout.dones[t] = terminated | truncated
+        if atari:
+            rollout.valid[t] = envs.valid
+        cut = truncated & ~terminated
+        if cut.any():
+            rollout.bootstraps[t, cut] = agent.get_value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
+        if envs.over.any():
+            rollout.finished.append((t, envs.score[envs.over].mean(), envs.length[envs.over].mean()))
+    if not atari:
+        logprobs, _, values = agent(rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1))  # at once: faster
+        rollout.logprobs[:], rollout.values[:] = logprobs.view_as(rollout.logprobs), values.view_as(rollout.values)
+    rollout.next_value[:] = agent.get_value(torch.from_numpy(envs.obs).to(device))
+
+
+def update(agent: nn.Module, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+    """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
+    losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
+    for _ in range(args.update_epochs):
+        b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
+        for mb_inds in b_inds.chunk(args.num_minibatches):
+            mb = Batch(*(field[mb_inds] for field in batch))
+            advantage = flip_signs(mb.advantages, args.advantage_noise, rng)
+            normalized = normalize(advantage, mb.valid) if args.norm_adv else advantage
+            weight = mb.valid / mb.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
+
+            logprob, entropy, value = agent(mb.obs, mb.actions)
+            forward_loss = ppo_loss(logprob, mb.logprobs, weight * normalized, clip_coef)
+            policy_loss = args.pg_coef * forward_loss
+            value_loss = (weight * (value - mb.returns).square()).mean()
+            entropy_loss = -(weight * entropy).mean()
+            loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+            losses.append(torch.stack((policy_loss, forward_loss, value_loss, -entropy_loss)).detach())
+            samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized, mb.valid)))
+        if args.target_kl is not None:
+            logratio, _, _, valid = torch.cat(samples[-args.num_minibatches :], 1)
+            logratio = logratio[valid > 0]
+            if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
+                break
+    policy_loss, forward_loss, value_loss, entropy = torch.stack(losses).mean(0).tolist()
+    samples = torch.cat(samples, 1)
+    logratio, advantage, normalized, _ = samples[:, samples[3] > 0]
+    return {
+        "losses/policy_loss": policy_loss,
+        "losses/forward_loss": forward_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/old_approx_kl": -logratio.mean().item(),
+        "losses/approx_kl": (logratio.exp() - 1 - logratio).mean().item(),
+        "losses/clipfrac": ((logratio.exp() - 1).abs() > clip_coef).float().mean().item(),
+        "advantage/sign_flips_normalization": (normalized.sign() != advantage.sign()).float().mean().item(),
+    }
+
+
+@torch.inference_mode()
+def evaluate_games(agent: AtariAgent, args: Args, sequence: np.random.SeedSequence, video: Path | None) -> np.ndarray:
+    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled."""
+    device = agent.value.weight.device
+    seeds = game_seeds(sequence, args.eval_episodes)
+    games = Games(args.env_id, seeds, args.repeat_action_probability)
+    generator = torch.Generator(device).manual_seed(int(seeds[0]))
+    if video:  # the first game a second time, in colour: same seed and same actions give the same game
+        video.parent.mkdir(parents=True, exist_ok=True)
+        colour = make_games(args.env_id, 1, args.repeat_action_probability, img_height=210, img_width=160, stack_num=1,
+                            grayscale=False)
+        frames = colour.reset(seed=seeds[:1])[0]
+        writer = imageio.get_writer(video, fps=15, macro_block_size=2)
+    scores = np.full(args.eval_episodes, np.nan)
+    while np.isnan(scores).any():
+        action, _, _ = agent.act(torch.from_numpy(games.obs).to(device), generator)
+        games.step(action.cpu().numpy())
+        if video and np.isnan(scores[0]):
+            writer.append_data(frames[0, 0])
+            frames = colour.step(games.action[:1])[0]
+        scores = np.where(games.over & np.isnan(scores), games.score, scores)
+    if video:
+        writer.close()
+    return scores
+
+
+@torch.inference_mode()
+def evaluate_episodes(
+    agent: nn.Module, envs: Environments, to_action, args: Args, sequence: np.random.SeedSequence, video: Path | None
+) -> np.ndarray:
+    """Raw returns (eval_episodes,) with the most probable actions and the statistics of `envs`, which do not change."""
+    env = gym.make(args.env_id, render_mode="rgb_array" if video else None)
+    if video:
+        video.parent.mkdir(parents=True, exist_ok=True)
+        writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
+    device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
+    for episode, seed in enumerate(sequence.generate_state(args.eval_episodes)):
+        obs, _ = env.reset(seed=int(seed))
+        done = False
+        while not done:
+            if video and episode == 0:
+                writer.append_data(env.render())
+            action = agent.most_probable(torch.from_numpy(envs.normalize(obs)[np.newaxis]).to(device)).cpu().numpy()
+            obs, reward, terminated, truncated, _ = env.step(to_action(action)[0])
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    if video:
+        writer.close()
+    return returns
+
+
+def new_run_folder(args: Args) -> Path:
+    """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
+    while True:
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        try:
+            (Path("runs") / name).mkdir(parents=True)
+            return Path("runs") / name
+        except FileExistsError:
+            time.sleep(0.1)
+
+
+def main(args: Args) -> None:
+    atari = is_atari(args.env_id)
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+
+    run = new_run_folder(args)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
+                   sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run)
+    print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in asdict(args).items()))
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    # Every source of randomness has a stream of its own, so that none disturbs another.
+    weights_seed, envs_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = (
+        np.random.SeedSequence(args.seed).spawn(6))
+    torch.manual_seed(int(weights_seed.generate_state(1)[0]))
+    generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
+    minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
+
+    if atari:
+        envs = Games(args.env_id, game_seeds(envs_seed, args.num_envs), args.repeat_action_probability)
+        agent = AtariAgent(envs.num_actions).to(device)
+        to_action, action = np.asarray, torch.zeros(args.num_envs, dtype=torch.long)
+    else:
+        envs = Environments(args.env_id, envs_seed.generate_state(args.num_envs), args.gamma)
+        if args.policy == "gaussian" and isinstance(envs.action_space, gym.spaces.Box):
+            to_action = ClippedActions(envs.action_space)
+            agent = GaussianAgent(envs.obs.shape[1], math.prod(envs.action_space.shape)).to(device)
+            action = torch.zeros(args.num_envs, math.prod(envs.action_space.shape))
+        else:
+            to_action = BinnedActions(envs.action_space, args.num_bins)
+            agent = BinnedAgent(envs.obs.shape[1], to_action.values.shape).to(device)
+            action = torch.zeros(args.num_envs, len(to_action.values), dtype=torch.long)
+    if isinstance(agent, AtariAgent) or isinstance(envs.action_space, gym.spaces.Discrete):
+        print("the actions are discrete: --policy has no effect")
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args.num_steps, torch.from_numpy(envs.obs).to(device), action)
+
+    start_time = last_line = time.time()
+    recent_returns = deque(maxlen=100)
+    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off: no terminal
+    for iteration in range(1, num_iterations + 1):
+        remaining = 1 - (iteration - 1) / num_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        global_step = iteration * batch_size
+
+        collect(envs, to_action, agent, rollout, generator)
+
+        noisy = flip_rewards if atari else add_noise
+        rewards = noisy(rollout.rewards, args.reward_noise, noise_rng)
+        values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
+        context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
+        advantages = gae(rewards + bootstrap, *context)
+        clean_advantages = gae(rollout.rewards + bootstrap, *context)
+        returns = advantages + values
+
+        tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
+        batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
+        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
+
+        valid = rollout.valid
+        stats["losses/explained_variance"] = 1 - (returns - values)[valid].var() / (returns[valid].var() + 1e-8)
+        stats["losses/mean_weight"] = args.pg_coef
+        stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages))[valid].mean()
+        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        stats["charts/SPS"] = global_step / (time.time() - start_time)
+        for tag, value in stats.items():
+            writer.add_scalar(tag, value, global_step)
+        for t, episodic_return, length in rollout.finished:
+            step = global_step - batch_size + (t + 1) * args.num_envs
+            writer.add_scalar("charts/episodic_return", episodic_return, step)
+            writer.add_scalar("charts/episodic_length", length, step)
+            recent_returns.append(episodic_return)
+
+        progress.update(batch_size)
+        recent = f"return {np.mean(recent_returns):.1f}" if recent_returns else "no episode over yet"
+        progress.set_postfix_str(recent, refresh=False)
+        if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
+            last_line = time.time()
+            left = (last_line - start_time) * (num_iterations / iteration - 1) / 60
+            print(f"{global_step} steps, {stats['charts/SPS']:.0f} SPS, {left:.0f} min left, {recent}", flush=True)
+        crossed = args.eval_interval and global_step % args.eval_interval < batch_size
+        if crossed or iteration == num_iterations:
+            eval_start = time.time()
+            video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
+            if atari:
+                returns = evaluate_games(agent, args, eval_seed, video)
+            else:
+                returns = evaluate_episodes(agent, envs, to_action, args, eval_seed, video)
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            result = f"{returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)"
+            tqdm.write(f"evaluation at {global_step} steps: {result}")
+            start_time += time.time() - eval_start  # SPS is the speed of training
+    progress.close()
+    model = {"agent": agent.state_dict()}
+    if not atari:
+        model["obs_stats"] = {key: torch.from_numpy(getattr(envs.obs_stats, key)) for key in ("mean", "std")}
+    torch.save(model, run / "model.pt")
+    writer.close()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    fill_in(args)
+    try:
+        validate(args)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    main(args)
