@@ -165,33 +165,32 @@ def fill_in(args: Args) -> None:
 
 def validate(args: Args) -> None:
     """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
-    if not is_atari(args.env_id):
+    atari = is_atari(args.env_id)
+    if not atari:
         check_environment(args.env_id)
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.num_bins < 2:
-        raise ValueError(f"--num-bins must be at least 2, not {args.num_bins}")
+    rules = [
+        ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
+        ("num_bins", lambda x: x >= 2, "at least 2"),
+        ("gamma gae_lambda advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("pg_coef ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("reward_noise", lambda x: 0 <= x <= (1 if atari else math.inf), "a probability on Atari, else a std"),
+        ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
+        ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
+        ("max_grad_norm target_kl", lambda x: x is None or x > 0, "positive"),
+    ]
+    for names, holds, words in rules:
+        for name in names.split():
+            if not holds(getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}; it is {getattr(args, name)}")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
-        raise ValueError(
-            f"a batch of {args.num_envs} × {args.num_steps} = {batch_size} steps does not divide "
-            f"into --num-minibatches {args.num_minibatches}"
-        )
+        batch = f"{args.num_envs} × {args.num_steps} = {batch_size} steps"
+        raise ValueError(f"a batch of {batch} does not divide into --num-minibatches {args.num_minibatches}")
+    if args.norm_adv and batch_size == args.num_minibatches:
+        raise ValueError("--norm-adv needs minibatches of at least 2 steps")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
-    probabilities = ["gamma", "gae_lambda", "advantage_noise", "repeat_action_probability"]
-    for name in probabilities + ["reward_noise"] * is_atari(args.env_id):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    for name in ("pg_coef", "reward_noise", "ent_coef", "vf_coef", "seed", "eval_interval", "torch_threads"):
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite and not negative, not {getattr(args, name)}")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite and positive, not {value}")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
 
@@ -219,7 +218,7 @@ def check_environment(env_id: str) -> None:
 
 def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **options) -> AtariVectorEnv:
     """ale-py's native vector environment with the usual preprocessing: 84×84 greyscale, 4 frames stacked, actions held
-    for 4 frames, up to 30 no-ops and FIRE at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
+    for 4 frames, FIRE and 0 to 29 no-ops at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
     return AtariVectorEnv(
         gym.spec(env_id).kwargs["game"],
         num_envs,
@@ -255,7 +254,7 @@ class Games:
         self.valid = ~self.must_fire
         self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
         self.obs, reward, terminated, truncated, info = self.envs.step(self.action)
-        self.over = info["episode_frame_number"] <= self.frame  # it only falls when a new game has begun
+        self.over = info["episode_frame_number"] <= self.frame  # only a new game counts its frames from the start
         self.frame = info["episode_frame_number"]
         self.score += reward
         self.length += 1
@@ -379,7 +378,7 @@ class AtariAgent(nn.Module):
         )
         self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.value = layer_init(nn.Linear(512, 1), std=1.0)
-        self.to(memory_format=torch.channels_last)  # convolutions are much faster so, on CPU and GPU
+        self.to(memory_format=torch.channels_last)  # convolutions on a CPU are much faster so
 
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
@@ -505,7 +504,7 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
     step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
     """
-    advantages = np.zeros_like(rewards)
+    advantages = np.zeros_like(values)
     advantage = np.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
         following_value = next_value if t == len(rewards) - 1 else values[t + 1]
@@ -647,11 +646,13 @@ def update(agent: nn.Module, optimizer, batch: Batch, clip_coef: float, args: Ar
 
 @torch.inference_mode()
 def evaluate_games(agent: AtariAgent, args: Args, sequence: np.random.SeedSequence, video: Path | None) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled."""
+    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled. The seeds, of the
+    games and of the actions, are the same at every call."""
     device = agent.value.weight.device
-    seeds = game_seeds(sequence, args.eval_episodes)
+    *seeds, actions_seed = game_seeds(sequence, args.eval_episodes + 1)
+    seeds = np.array(seeds)
     games = Games(args.env_id, seeds, args.repeat_action_probability)
-    generator = torch.Generator(device).manual_seed(int(seeds[0]))
+    generator = torch.Generator(device).manual_seed(int(actions_seed))
     if video:  # the first game a second time, in colour: same seed and same actions give the same game
         video.parent.mkdir(parents=True, exist_ok=True)
         colour = make_games(args.env_id, 1, args.repeat_action_probability, img_height=210, img_width=160, stack_num=1,
@@ -699,11 +700,12 @@ def evaluate_episodes(
 
 def new_run_folder(args: Args) -> Path:
     """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
+    Path("runs").mkdir(exist_ok=True)
     while True:
-        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        run = Path(f"runs/{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
         try:
-            (Path("runs") / name).mkdir(parents=True)
-            return Path("runs") / name
+            run.mkdir()
+            return run
         except FileExistsError:
             time.sleep(0.1)
 
@@ -723,14 +725,16 @@ def main(args: Args) -> None:
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
                    sync_tensorboard=True, save_code=True)
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in asdict(args).items())
+    print(f"{run} on {device}: {flags}", flush=True)
     writer = SummaryWriter(run)
-    print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in asdict(args).items()))
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
 
-    # Every source of randomness has a stream of its own, so that none disturbs another.
-    weights_seed, envs_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = (
-        np.random.SeedSequence(args.seed).spawn(6))
+    # Separate streams, so that evaluation and reward noise disturb nothing else.
+    weights_seed, envs_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = np.random.SeedSequence(
+        args.seed
+    ).spawn(6)
     torch.manual_seed(int(weights_seed.generate_state(1)[0]))
     generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
@@ -791,9 +795,9 @@ def main(args: Args) -> None:
             writer.add_scalar("charts/episodic_length", length, step)
             recent_returns.append(episodic_return)
 
-        progress.update(batch_size)
         recent = f"return {np.mean(recent_returns):.1f}" if recent_returns else "no episode over yet"
         progress.set_postfix_str(recent, refresh=False)
+        progress.update(batch_size)
         if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
             last_line = time.time()
             left = (last_line - start_time) * (num_iterations / iteration - 1) / 60
@@ -801,6 +805,10 @@ def main(args: Args) -> None:
         crossed = args.eval_interval and global_step % args.eval_interval < batch_size
         if crossed or iteration == num_iterations:
             eval_start = time.time()
+            model = {"agent": agent.state_dict()}
+            if not atari:
+                model["obs_stats"] = {key: torch.from_numpy(getattr(envs.obs_stats, key)) for key in ("mean", "std")}
+            torch.save(model, run / "model.pt")
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
             if atari:
                 returns = evaluate_games(agent, args, eval_seed, video)
@@ -808,13 +816,10 @@ def main(args: Args) -> None:
                 returns = evaluate_episodes(agent, envs, to_action, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
             result = f"{returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)"
-            tqdm.write(f"evaluation at {global_step} steps: {result}")
+            tqdm.write(f"{'final score' if iteration == num_iterations else 'score'} at {global_step} steps: {result}")
+            sys.stdout.flush()
             start_time += time.time() - eval_start  # SPS is the speed of training
     progress.close()
-    model = {"agent": agent.state_dict()}
-    if not atari:
-        model["obs_stats"] = {key: torch.from_numpy(getattr(envs.obs_stats, key)) for key in ("mean", "std")}
-    torch.save(model, run / "model.pt")
     writer.close()
 
 

@@ -41,6 +41,7 @@ The algorithm, as `main` runs it:
 import difflib
 import importlib.util
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -110,7 +111,7 @@ class Args:
     Z: float = -1.0
     """Z < 0, the stand-in for log 0; only β·Z matters"""
     importance_weighted_reverse: bool = True
-    """divide the reverse term by π_old, as the released code does"""
+    """divide the reverse term by π_old, as the released code does; --no-…: the plain reverse term"""
     reward_noise: float = 0.0
     """probability, per step and game, that the learner sees 1 − reward; reported scores stay clean"""
     advantage_noise: float = 0.0
@@ -140,36 +141,43 @@ class Args:
 
 def validate(args: Args) -> None:
     """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
-    atari = {name.lower(): name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")}
-    if args.env_id not in atari.values():
-        near = [atari[name] for name in difflib.get_close_matches(args.env_id.lower(), atari, cutoff=0.5)]
-        kind = "is not an Atari game" if args.env_id in gym.registry else "is not a known environment"
-        raise ValueError(f"--env-id {args.env_id} {kind}; did you mean {' or '.join(near or ['ALE/Breakout-v5'])}?")
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    check_game(args.env_id)
+    rules = [
+        ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
+        ("gamma gae_lambda reward_noise advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("alpha beta ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
+        ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
+        ("max_grad_norm target_kl", lambda x: x is None or x > 0, "positive"),
+        ("Z", lambda x: -math.inf < x < 0, "finite and negative: it stands for log 0"),
+    ]
+    for names, holds, words in rules:
+        for name in names.split():
+            if not holds(getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}; it is {getattr(args, name)}")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
-        raise ValueError(
-            f"a batch of {args.num_envs} × {args.num_steps} = {batch_size} steps does not divide "
-            f"into --num-minibatches {args.num_minibatches}"
-        )
+        batch = f"{args.num_envs} × {args.num_steps} = {batch_size} steps"
+        raise ValueError(f"a batch of {batch} does not divide into --num-minibatches {args.num_minibatches}")
+    if args.norm_adv and batch_size == args.num_minibatches:
+        raise ValueError("--norm-adv needs minibatches of at least 2 steps")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
-    for name in ("gamma", "gae_lambda", "reward_noise", "advantage_noise", "repeat_action_probability"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    for name in ("alpha", "beta", "ent_coef", "vf_coef", "seed", "eval_interval", "torch_threads"):
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite and not negative, not {getattr(args, name)}")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite and positive, not {value}")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
-    if not (math.isfinite(args.Z) and args.Z < 0):
-        raise ValueError(f"--Z must be finite and negative (it stands for log 0), not {args.Z}")
+
+
+def check_game(env_id: str) -> None:
+    """Raises ValueError, with one line to print, unless `env_id` is an Atari game by one of its two names."""
+    names = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
+    if env_id in names:
+        return
+    if env_id in gym.registry and "game" not in gym.spec(env_id).kwargs:
+        raise ValueError(f"--env-id {env_id} is not an Atari game")
+    games = {re.sub("^ale/|noframeskip|-v[0-9]+$", "", name.lower()): name for name in sorted(names, reverse=True)}
+    bare = re.sub("^ale/|noframeskip|deterministic|-v[0-9]+$", "", env_id.lower())
+    near = " or ".join(games[name] for name in difflib.get_close_matches(bare, games)) or "ALE/Breakout-v5"
+    raise ValueError(f"--env-id {env_id} is not known here; did you mean {near}?")
 
 
 # ---------------------------------------------------------------------------------------------------------- environment
@@ -177,7 +185,7 @@ def validate(args: Args) -> None:
 
 def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **options) -> AtariVectorEnv:
     """ale-py's native vector environment with the usual preprocessing: 84×84 greyscale, 4 frames stacked, actions held
-    for 4 frames, up to 30 no-ops and FIRE at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
+    for 4 frames, FIRE and 0 to 29 no-ops at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
     return AtariVectorEnv(
         gym.spec(env_id).kwargs["game"],
         num_envs,
@@ -213,7 +221,7 @@ class Games:
         self.valid = ~self.must_fire
         self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
         self.obs, reward, terminated, truncated, info = self.envs.step(self.action)
-        self.over = info["episode_frame_number"] <= self.frame  # it only falls when a new game has begun
+        self.over = info["episode_frame_number"] <= self.frame  # only a new game counts its frames from the start
         self.frame = info["episode_frame_number"]
         self.score += reward
         self.length += 1
@@ -254,7 +262,7 @@ class AtariAgent(nn.Module):
         )
         self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.value = layer_init(nn.Linear(512, 1), std=1.0)
-        self.to(memory_format=torch.channels_last)  # convolutions are much faster so, on CPU and GPU
+        self.to(memory_format=torch.channels_last)  # convolutions on a CPU are much faster so
 
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
@@ -335,7 +343,7 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
     step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
     """
-    advantages = np.zeros_like(rewards)
+    advantages = np.zeros_like(values)
     advantage = np.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
         following_value = next_value if t == len(rewards) - 1 else values[t + 1]
@@ -468,11 +476,13 @@ def update(agent: AtariAgent, optimizer, batch: Batch, clip_coef: float, args: A
 
 @torch.inference_mode()
 def evaluate_games(agent: AtariAgent, args: Args, sequence: np.random.SeedSequence, video: Path | None) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled."""
+    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled. The seeds, of the
+    games and of the actions, are the same at every call."""
     device = agent.value.weight.device
-    seeds = game_seeds(sequence, args.eval_episodes)
+    *seeds, actions_seed = game_seeds(sequence, args.eval_episodes + 1)
+    seeds = np.array(seeds)
     games = Games(args.env_id, seeds, args.repeat_action_probability)
-    generator = torch.Generator(device).manual_seed(int(seeds[0]))
+    generator = torch.Generator(device).manual_seed(int(actions_seed))
     if video:  # the first game a second time, in colour: same seed and same actions give the same game
         video.parent.mkdir(parents=True, exist_ok=True)
         colour = make_games(args.env_id, 1, args.repeat_action_probability, img_height=210, img_width=160, stack_num=1,
@@ -494,11 +504,12 @@ def evaluate_games(agent: AtariAgent, args: Args, sequence: np.random.SeedSequen
 
 def new_run_folder(args: Args) -> Path:
     """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
+    Path("runs").mkdir(exist_ok=True)
     while True:
-        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        run = Path(f"runs/{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
         try:
-            (Path("runs") / name).mkdir(parents=True)
-            return Path("runs") / name
+            run.mkdir()
+            return run
         except FileExistsError:
             time.sleep(0.1)
 
@@ -517,13 +528,15 @@ def main(args: Args) -> None:
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
                    sync_tensorboard=True, save_code=True)
+    print(f"{run} on {device}", flush=True)
     writer = SummaryWriter(run)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
 
-    # Every source of randomness has a stream of its own, so that none disturbs another.
-    weights_seed, games_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = (
-        np.random.SeedSequence(args.seed).spawn(6))
+    # Separate streams, so that evaluation and reward noise disturb nothing else.
+    weights_seed, games_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = np.random.SeedSequence(
+        args.seed
+    ).spawn(6)
     torch.manual_seed(int(weights_seed.generate_state(1)[0]))
     generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
@@ -570,9 +583,9 @@ def main(args: Args) -> None:
             writer.add_scalar("charts/episodic_length", length, step)
             recent_scores.append(score)
 
-        progress.update(batch_size)
         recent = f"return {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet"
         progress.set_postfix_str(recent, refresh=False)
+        progress.update(batch_size)
         if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
             last_line = time.time()
             left = (last_line - start_time) * (num_iterations / iteration - 1) / 60
@@ -580,14 +593,15 @@ def main(args: Args) -> None:
         crossed = args.eval_interval and global_step % args.eval_interval < batch_size
         if crossed or iteration == num_iterations:
             eval_start = time.time()
+            torch.save({"agent": agent.state_dict()}, run / "model.pt")
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
             scores = evaluate_games(agent, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
             result = f"{scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} games)"
-            tqdm.write(f"evaluation at {global_step} steps: {result}")
+            tqdm.write(f"{'final score' if iteration == num_iterations else 'score'} at {global_step} steps: {result}")
+            sys.stdout.flush()
             start_time += time.time() - eval_start  # SPS is the speed of training
     progress.close()
-    torch.save({"agent": agent.state_dict()}, run / "model.pt")
     writer.close()
 
 

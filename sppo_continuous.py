@@ -114,7 +114,7 @@ class Args:
     Z: float = -1.0
     """Z < 0, the stand-in for log 0; only β·Z matters"""
     importance_weighted_reverse: bool = True
-    """divide the reverse term by π_old, as the released code does"""
+    """divide the reverse term by π_old, as the released code does; --no-…: the plain reverse term"""
     reward_noise: float = 0.0
     """standard deviation of Gaussian noise on the normalised reward; reported returns stay clean"""
     advantage_noise: float = 0.0
@@ -143,33 +143,31 @@ class Args:
 def validate(args: Args) -> None:
     """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
     check_environment(args.env_id)
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.num_bins < 2:
-        raise ValueError(f"--num-bins must be at least 2, not {args.num_bins}")
+    rules = [
+        ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
+        ("num_bins", lambda x: x >= 2, "at least 2"),
+        ("gamma gae_lambda advantage_noise", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("alpha beta ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("reward_noise", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
+        ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
+        ("max_grad_norm target_kl", lambda x: x is None or x > 0, "positive"),
+        ("Z", lambda x: -math.inf < x < 0, "finite and negative: it stands for log 0"),
+    ]
+    for names, holds, words in rules:
+        for name in names.split():
+            if not holds(getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}; it is {getattr(args, name)}")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
-        raise ValueError(
-            f"a batch of {args.num_envs} × {args.num_steps} = {batch_size} steps does not divide "
-            f"into --num-minibatches {args.num_minibatches}"
-        )
+        batch = f"{args.num_envs} × {args.num_steps} = {batch_size} steps"
+        raise ValueError(f"a batch of {batch} does not divide into --num-minibatches {args.num_minibatches}")
+    if args.norm_adv and batch_size == args.num_minibatches:
+        raise ValueError("--norm-adv needs minibatches of at least 2 steps")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
-    for name in ("gamma", "gae_lambda", "advantage_noise"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    for name in ("alpha", "beta", "reward_noise", "ent_coef", "vf_coef", "seed", "eval_interval", "torch_threads"):
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite and not negative, not {getattr(args, name)}")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite and positive, not {value}")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
-    if not (math.isfinite(args.Z) and args.Z < 0):
-        raise ValueError(f"--Z must be finite and negative (it stands for log 0), not {args.Z}")
 
 
 def check_environment(env_id: str) -> None:
@@ -381,7 +379,7 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
     step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
     """
-    advantages = np.zeros_like(rewards)
+    advantages = np.zeros_like(values)
     advantage = np.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
         following_value = next_value if t == len(rewards) - 1 else values[t + 1]
@@ -525,11 +523,12 @@ def evaluate_episodes(
 
 def new_run_folder(args: Args) -> Path:
     """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
+    Path("runs").mkdir(exist_ok=True)
     while True:
-        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        run = Path(f"runs/{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
         try:
-            (Path("runs") / name).mkdir(parents=True)
-            return Path("runs") / name
+            run.mkdir()
+            return run
         except FileExistsError:
             time.sleep(0.1)
 
@@ -548,13 +547,15 @@ def main(args: Args) -> None:
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
                    sync_tensorboard=True, save_code=True)
+    print(f"{run} on {device}", flush=True)
     writer = SummaryWriter(run)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
 
-    # Every source of randomness has a stream of its own, so that none disturbs another.
-    weights_seed, envs_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = (
-        np.random.SeedSequence(args.seed).spawn(6))
+    # Separate streams, so that evaluation and reward noise disturb nothing else.
+    weights_seed, envs_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = np.random.SeedSequence(
+        args.seed
+    ).spawn(6)
     torch.manual_seed(int(weights_seed.generate_state(1)[0]))
     generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
@@ -601,9 +602,9 @@ def main(args: Args) -> None:
             writer.add_scalar("charts/episodic_length", length, step)
             recent_returns.append(episodic_return)
 
-        progress.update(batch_size)
         recent = f"return {np.mean(recent_returns):.1f}" if recent_returns else "no episode over yet"
         progress.set_postfix_str(recent, refresh=False)
+        progress.update(batch_size)
         if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
             last_line = time.time()
             left = (last_line - start_time) * (num_iterations / iteration - 1) / 60
@@ -611,15 +612,16 @@ def main(args: Args) -> None:
         crossed = args.eval_interval and global_step % args.eval_interval < batch_size
         if crossed or iteration == num_iterations:
             eval_start = time.time()
+            obs_stats = {"mean": torch.from_numpy(envs.obs_stats.mean), "std": torch.from_numpy(envs.obs_stats.std)}
+            torch.save({"agent": agent.state_dict(), "obs_stats": obs_stats}, run / "model.pt")
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
             returns = evaluate_episodes(agent, envs, to_action, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
             result = f"{returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)"
-            tqdm.write(f"evaluation at {global_step} steps: {result}")
+            tqdm.write(f"{'final score' if iteration == num_iterations else 'score'} at {global_step} steps: {result}")
+            sys.stdout.flush()
             start_time += time.time() - eval_start  # SPS is the speed of training
     progress.close()
-    obs_stats = {"mean": torch.from_numpy(envs.obs_stats.mean), "std": torch.from_numpy(envs.obs_stats.std)}
-    torch.save({"agent": agent.state_dict(), "obs_stats": obs_stats}, run / "model.pt")
     writer.close()
 
 

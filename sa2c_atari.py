@@ -1,0 +1,575 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "gymnasium==1.4.0",
+#   "ale-py==0.12.1",
+#   "mujoco==4.0.0",
+#   "box2d==2.3.10",
+#   "pygame-ce==2.5.8",
+#   "tyro==1.0.17",
+#   "tensorboard==2.21.0",
+#   "tqdm==4.70.1",
+#   "imageio[ffmpeg]==2.38.1",
+# ]
+# ///
+"""SA2C on Atari: A2C with the symmetric loss of Byun and Perrault (ICML 2025, arXiv 2405.17618).
+
+With π the probability of the action taken and A the advantage:
+
+    forward = −A · log π                  A2C's loss, a cross-entropy weighted by A
+    reverse = −A · Z · (1 − π)            reverse cross-entropy weighted by A; Z < 0 stands for log 0
+    policy loss = α · forward + β · reverse
+    loss = policy loss − ent_coef · entropy + vf_coef · value loss
+
+Its gradient is A2C's with every advantage multiplied by α + β|Z|π: confident actions count more. α = 1, β = 0 is A2C.
+The algorithm, as `main` runs it:
+
+    for each iteration
+        play num_envs games for num_steps steps                   collect
+        add noise to the rewards (only if asked for)              flip_rewards
+        advantages A by GAE (λ = 1), returns = A + values         gae
+        one gradient step on the loss                             update, symmetric_a2c_loss, RMSpropTF
+    play full games and report their raw score                    evaluate_games
+
+    python sa2c_atari.py --env-id ALE/Breakout-v5
+    python sa2c_atari.py --env-id WizardOfWorNoFrameskip-v4 --reward-noise 0.1 --seed 2
+"""
+
+import difflib
+import importlib.util
+import math
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import ale_py
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+
+
+@dataclass
+class Args:
+    """SA2C on Atari. Defaults are the settings of the paper's released code."""
+
+    env_id: str = "ALE/Breakout-v5"
+    """the game; `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4` mean the same"""
+    seed: int = 1
+    """seed of the run: weights, games, actions, minibatches, noise"""
+    total_timesteps: int = 5_000_000
+    """environment steps, each of 4 frames; the last incomplete batch is left out"""
+    num_envs: int = 16
+    """games played side by side"""
+    num_steps: int = 5
+    """steps in each game per iteration"""
+    learning_rate: float = 7e-4
+    """step size of RMSprop"""
+    anneal_lr: bool = False
+    """lower the learning rate linearly to 0"""
+    gamma: float = 0.99
+    """discount factor γ"""
+    gae_lambda: float = 1.0
+    """λ of generalised advantage estimation"""
+    norm_adv: bool = False
+    """normalise the advantages of each batch"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.25
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+
+    alpha: float = 0.5
+    """α, weight of the forward (A2C) term"""
+    beta: float = 1.0
+    """β, weight of the reverse term; the released code's example for one game (WizardOfWor), not a tuned value"""
+    Z: float = -1.0
+    """Z < 0, the stand-in for log 0; only β·Z matters"""
+    reward_noise: float = 0.0
+    """probability, per step and game, that the learner sees 1 − reward; reported scores stay clean"""
+    advantage_noise: float = 0.0
+    """probability that a sample's advantage changes sign"""
+    repeat_action_probability: float = 0.0
+    """sticky actions: probability that a game repeats the last action"""
+
+    log_interval: int = 25
+    """iterations between two points of the losses in TensorBoard, each the mean over them"""
+    eval_interval: int = 0
+    """steps between evaluations; 0: only after the last update (the final score)"""
+    eval_episodes: int = 10
+    """full games in an evaluation, actions sampled"""
+    capture_video: bool = False
+    """save a video of the first game of each evaluation"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    torch_deterministic: bool = True
+    """ask cuDNN for reproducible results"""
+    torch_threads: int = 0
+    """CPU threads of torch; 0: torch's own choice"""
+    track: bool = False
+    """mirror the run to Weights & Biases"""
+    wandb_project_name: str = "symmetric-rl"
+    """project at Weights & Biases"""
+    wandb_entity: str | None = None
+    """team at Weights & Biases"""
+
+
+def validate(args: Args) -> None:
+    """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
+    check_game(args.env_id)
+    rules = [
+        ("num_envs num_steps log_interval eval_episodes", lambda x: x >= 1, "at least 1"),
+        ("gamma gae_lambda reward_noise advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("alpha beta ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
+        ("max_grad_norm", lambda x: x > 0, "positive"),
+        ("Z", lambda x: -math.inf < x < 0, "finite and negative: it stands for log 0"),
+    ]
+    for names, holds, words in rules:
+        for name in names.split():
+            if not holds(getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be {words}; it is {getattr(args, name)}")
+    batch_size = args.num_envs * args.num_steps
+    if args.norm_adv and batch_size == 1:
+        raise ValueError("--norm-adv needs batches of at least 2 steps")
+    if args.total_timesteps < batch_size:
+        raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb")
+
+
+def check_game(env_id: str) -> None:
+    """Raises ValueError, with one line to print, unless `env_id` is an Atari game by one of its two names."""
+    names = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
+    if env_id in names:
+        return
+    if env_id in gym.registry and "game" not in gym.spec(env_id).kwargs:
+        raise ValueError(f"--env-id {env_id} is not an Atari game")
+    games = {re.sub("^ale/|noframeskip|-v[0-9]+$", "", name.lower()): name for name in sorted(names, reverse=True)}
+    bare = re.sub("^ale/|noframeskip|deterministic|-v[0-9]+$", "", env_id.lower())
+    near = " or ".join(games[name] for name in difflib.get_close_matches(bare, games)) or "ALE/Breakout-v5"
+    raise ValueError(f"--env-id {env_id} is not known here; did you mean {near}?")
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **options) -> AtariVectorEnv:
+    """ale-py's native vector environment with the usual preprocessing: 84×84 greyscale, 4 frames stacked, actions held
+    for 4 frames, FIRE and 0 to 29 no-ops at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
+    return AtariVectorEnv(
+        gym.spec(env_id).kwargs["game"],
+        num_envs,
+        repeat_action_probability=repeat_action_probability,
+        reward_clipping=False,  # the raw score is what is reported
+        life_loss_info=True,  # a lost life sets `terminated` and the game goes on
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # a finished game starts anew within the same step
+        **options,
+    )
+
+
+class Games:
+    """Games side by side. After a lost life it presses FIRE for one step, where the game has it: none stands waiting.
+
+    `obs` is what to act on next. Of the last step, with an entry per game: `score` and `length` (in steps) of the game
+    so far, or of the whole game where it is `over`; `valid`, False where FIRE was pressed for the learner: no sample.
+    """
+
+    def __init__(self, env_id: str, seeds: np.ndarray, repeat_action_probability: float):
+        self.envs = make_games(env_id, len(seeds), repeat_action_probability)
+        actions = self.envs.ale.get_action_set()
+        self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
+        self.num_actions = len(actions)
+        self.obs, info = self.envs.reset(seed=seeds)
+        self.frame = info["episode_frame_number"]
+        self.must_fire, self.over = np.zeros((2, len(seeds)), dtype=bool)
+        self.score, self.length = np.zeros((2, len(seeds)))
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Raw reward; terminated: the game is over or a life is lost; truncated: it was cut off at 108,000 frames;
+        final_obs: last observation of the game where truncated, rubbish elsewhere."""
+        self.score[self.over] = self.length[self.over] = 0
+        self.valid = ~self.must_fire
+        self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
+        self.obs, reward, terminated, truncated, info = self.envs.step(self.action)
+        self.over = info["episode_frame_number"] <= self.frame  # only a new game counts its frames from the start
+        self.frame = info["episode_frame_number"]
+        self.score += reward
+        self.length += 1
+        if self.fire is not None:
+            self.must_fire = terminated & ~self.over
+        return reward, terminated, truncated, info.get("final_obs")
+
+
+def game_seeds(sequence: np.random.SeedSequence, num_envs: int) -> np.ndarray:
+    """Independent seeds, one per game: seed, seed + 1, … would let runs of neighbouring seeds share games."""
+    return sequence.generate_state(num_envs) >> 1  # ale-py takes 31 bits
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class AtariAgent(nn.Module):
+    """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 4, 84, 84) uint8."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.features = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
+        self.value = layer_init(nn.Linear(512, 1), std=1.0)
+        self.to(memory_format=torch.channels_last)  # convolutions on a CPU are much faster so
+
+    def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
+        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last) / 255
+        features = self.features(pixels)
+        return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
+
+    def act(self, obs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Samples actions (batch,); their log-probabilities (batch, 1), one action dimension, and values (batch,)."""
+        logprobs, value = self.get_logprobs_and_value(obs)
+        action = sample(logprobs, generator)
+        return action, logprobs.gather(1, action.unsqueeze(1)), value
+
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.get_logprobs_and_value(obs)[1]
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of these actions (batch, 1), entropies (batch,), values (batch,)."""
+        logprobs, value = self.get_logprobs_and_value(obs)
+        return logprobs.gather(1, action.unsqueeze(1)), -(logprobs.exp() * logprobs).sum(1), value
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+
+
+# --------------------------------------------------------------------------------------------------- losses, advantages
+
+
+def symmetric_a2c_loss(
+    logprob: torch.Tensor, advantage: torch.Tensor, alpha: float, beta: float, Z: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The symmetric A2C loss α · forward + β · reverse, and its two terms, each the mean over the batch.
+
+        forward = −A · log π
+        reverse = −A · Z · (1 − π)
+
+    `logprob`, `advantage`: (batch,); π = exp(logprob) is the probability of the action taken. Source: the paper's
+    SA2C loss.
+    """
+    forward_loss = -(advantage * logprob).mean()
+    reverse_loss = -(advantage * Z * (1 - logprob.exp())).mean()
+    return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
+
+
+def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
+
+    `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
+    step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
+    """
+    advantages = np.zeros_like(values)
+    advantage = np.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        following_value = next_value if t == len(rewards) - 1 else values[t + 1]
+        delta = rewards[t] + gamma * following_value * ~dones[t] - values[t]
+        advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
+        advantages[t] = advantage
+    return advantages
+
+
+def normalize(advantage: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Advantages (batch,) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
+    count = valid.sum()
+    centred = advantage - (advantage * valid).sum() / count.clamp(min=1)
+    std = ((centred.square() * valid).sum() / (count - 1).clamp(min=1)).sqrt()
+    return centred / (std + 1e-8)
+
+
+def flip_rewards(reward: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Binary symmetric channel: each reward becomes 1 − reward with `probability`. On average (1 − 2p) · reward + p.
+
+    Zeros become ones too, on every step; −1 becomes 2. That is the released code's formula.
+    """
+    return np.where(rng.random(reward.shape) < probability, 1 - reward, reward)
+
+
+def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
+    """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
+    flipped = torch.from_numpy(rng.random(len(advantage)) < probability).to(advantage.device)
+    return torch.where(flipped, -advantage, advantage)
+
+
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSprop as TensorFlow had it, which A2C's settings were tuned with: v ← ρv + (1 − ρ)g², p ← p − lr·g / √(v + ε).
+
+    torch.optim.RMSprop has √v + ε, and v = 0 at first; here ε is inside the root, and v = 1 at first, which makes the
+    first steps much smaller.
+    """
+
+    def __init__(self, params, lr: float, decay: float = 0.99, eps: float = 1e-5):
+        super().__init__(params, dict(lr=lr, decay=decay, eps=eps))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["square_avg"] = torch.ones_like(p)
+                square_avg = self.state[p]["square_avg"]
+                square_avg.lerp_(p.grad.square(), 1 - group["decay"])
+                p.addcdiv_(p.grad, (square_avg + group["eps"]).sqrt(), value=-group["lr"])
+
+
+# ------------------------------------------------------------------------------------------------------------ algorithm
+
+
+class Batch(NamedTuple):
+    """The steps of one iteration, as tensors of shape (batch, …)."""
+
+    obs: torch.Tensor  # (batch, 4, 84, 84) uint8
+    actions: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    valid: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner
+
+
+class Rollout:
+    """`num_steps` steps of `num_envs` games; arrays of shape (num_steps, num_envs, …)."""
+
+    def __init__(self, num_steps: int, num_envs: int, device: torch.device):
+        shape = (num_steps, num_envs)
+        self.obs = torch.zeros((*shape, 4, 84, 84), dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(shape, dtype=torch.long, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.next_value = torch.zeros(num_envs, device=device)  # of the observation after the last step
+        self.rewards = np.zeros(shape, dtype=np.float32)  # the sign of the raw reward
+        self.dones = np.zeros(shape, dtype=bool)
+        self.bootstraps = np.zeros(shape, dtype=np.float32)  # V(final observation) where truncated, else 0
+        self.valid = np.zeros(shape, dtype=bool)
+        self.finished = []  # (step, mean score, mean length) of the games that ended, one entry per step
+
+
+@torch.inference_mode()
+def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.Generator) -> None:
+    """Plays the policy and overwrites `rollout` with what happened."""
+    device = generator.device
+    rollout.finished.clear()
+    rollout.bootstraps[:] = 0
+    for t in range(len(rollout.obs)):
+        rollout.obs[t] = torch.from_numpy(games.obs)
+        rollout.actions[t], _, rollout.values[t] = agent.act(rollout.obs[t], generator)
+        reward, terminated, truncated, final_obs = games.step(rollout.actions[t].cpu().numpy())
+        rollout.rewards[t] = np.sign(reward)
+        rollout.dones[t] = terminated | truncated
+        rollout.valid[t] = games.valid
+        cut = truncated & ~terminated
+        if cut.any():
+            rollout.bootstraps[t, cut] = agent.get_value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
+        if games.over.any():
+            rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
+    rollout.next_value[:] = agent.get_value(torch.from_numpy(games.obs).to(device))
+
+
+def update(agent: AtariAgent, optimizer, batch: Batch, args: Args, rng: np.random.Generator) -> dict:
+    """One gradient step on the loss. Returns what is logged, by tag."""
+    advantage = flip_signs(batch.advantages, args.advantage_noise, rng)
+    normalized = normalize(advantage, batch.valid) if args.norm_adv else advantage
+    weight = batch.valid / batch.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
+
+    logprob, entropy, value = agent(batch.obs, batch.actions)
+    logprob = logprob.squeeze(1)
+    policy_loss, forward_loss, reverse_loss = symmetric_a2c_loss(
+        logprob, weight * normalized, args.alpha, args.beta, args.Z
+    )
+    value_loss = (weight * (value - batch.returns).square()).mean()
+    entropy_loss = -(weight * entropy).mean()
+    loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+
+    stats = {
+        "losses/policy_loss": policy_loss,
+        "losses/forward_loss": forward_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": -entropy_loss,
+        "losses/mean_weight": (weight * (args.alpha + args.beta * abs(args.Z) * logprob.exp())).mean(),
+        "advantage/sign_flips_normalization": (weight * (normalized.sign() != advantage.sign())).mean(),
+    }
+    return {tag: value.item() for tag, value in stats.items()}
+
+
+@torch.inference_mode()
+def evaluate_games(agent: AtariAgent, args: Args, sequence: np.random.SeedSequence, video: Path | None) -> np.ndarray:
+    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled. The seeds, of the
+    games and of the actions, are the same at every call."""
+    device = agent.value.weight.device
+    *seeds, actions_seed = game_seeds(sequence, args.eval_episodes + 1)
+    seeds = np.array(seeds)
+    games = Games(args.env_id, seeds, args.repeat_action_probability)
+    generator = torch.Generator(device).manual_seed(int(actions_seed))
+    if video:  # the first game a second time, in colour: same seed and same actions give the same game
+        video.parent.mkdir(parents=True, exist_ok=True)
+        colour = make_games(args.env_id, 1, args.repeat_action_probability, img_height=210, img_width=160, stack_num=1,
+                            grayscale=False)
+        frames = colour.reset(seed=seeds[:1])[0]
+        writer = imageio.get_writer(video, fps=15, macro_block_size=2)
+    scores = np.full(args.eval_episodes, np.nan)
+    while np.isnan(scores).any():
+        action, _, _ = agent.act(torch.from_numpy(games.obs).to(device), generator)
+        games.step(action.cpu().numpy())
+        if video and np.isnan(scores[0]):
+            writer.append_data(frames[0, 0])
+            frames = colour.step(games.action[:1])[0]
+        scores = np.where(games.over & np.isnan(scores), games.score, scores)
+    if video:
+        writer.close()
+    return scores
+
+
+def new_run_folder(args: Args) -> Path:
+    """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        run = Path(f"runs/{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}")
+        try:
+            run.mkdir()
+            return run
+        except FileExistsError:
+            time.sleep(0.1)
+
+
+def main(args: Args) -> None:
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+
+    run = new_run_folder(args)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
+                   sync_tensorboard=True, save_code=True)
+    print(f"{run} on {device}", flush=True)
+    writer = SummaryWriter(run)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    # Separate streams, so that evaluation and reward noise disturb nothing else.
+    weights_seed, games_seed, actions_seed, _, noise_seed, eval_seed = np.random.SeedSequence(
+        args.seed
+    ).spawn(6)
+    torch.manual_seed(int(weights_seed.generate_state(1)[0]))
+    generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
+    noise_rng = np.random.default_rng(noise_seed)
+
+    games = Games(args.env_id, game_seeds(games_seed, args.num_envs), args.repeat_action_probability)
+    agent = AtariAgent(games.num_actions).to(device)
+    optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate)
+    rollout = Rollout(args.num_steps, args.num_envs, device)
+
+    start_time = last_line = time.time()
+    recent_scores, recent_stats = deque(maxlen=100), []
+    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off: no terminal
+    for iteration in range(1, num_iterations + 1):
+        remaining = 1 - (iteration - 1) / num_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+        global_step = iteration * batch_size
+
+        collect(games, agent, rollout, generator)
+
+        rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng)
+        values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
+        context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
+        advantages = gae(rewards + bootstrap, *context)
+        clean_advantages = gae(rollout.rewards + bootstrap, *context)
+        returns = advantages + values
+
+        tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
+        batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, *tensors)))
+        stats = update(agent, optimizer, batch, args, noise_rng)
+
+        valid = rollout.valid
+        stats["losses/explained_variance"] = 1 - (returns - values)[valid].var() / (returns[valid].var() + 1e-8)
+        stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages))[valid].mean()
+        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        stats["charts/SPS"] = global_step / (time.time() - start_time)
+        recent_stats.append(stats)
+        if iteration % args.log_interval == 0 or iteration == num_iterations:
+            for tag in stats:
+                writer.add_scalar(tag, np.mean([s[tag] for s in recent_stats]), global_step)
+            recent_stats.clear()
+        for t, score, length in rollout.finished:
+            step = global_step - batch_size + (t + 1) * args.num_envs
+            writer.add_scalar("charts/episodic_return", score, step)
+            writer.add_scalar("charts/episodic_length", length, step)
+            recent_scores.append(score)
+
+        recent = f"return {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet"
+        progress.set_postfix_str(recent, refresh=False)
+        progress.update(batch_size)
+        if progress.disable and (time.time() - last_line > 30 or iteration == num_iterations):
+            last_line = time.time()
+            left = (last_line - start_time) * (num_iterations / iteration - 1) / 60
+            print(f"{global_step} steps, {stats['charts/SPS']:.0f} SPS, {left:.0f} min left, {recent}", flush=True)
+        crossed = args.eval_interval and global_step % args.eval_interval < batch_size
+        if crossed or iteration == num_iterations:
+            eval_start = time.time()
+            torch.save({"agent": agent.state_dict()}, run / "model.pt")
+            video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
+            scores = evaluate_games(agent, args, eval_seed, video)
+            writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
+            result = f"{scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} games)"
+            tqdm.write(f"{'final score' if iteration == num_iterations else 'score'} at {global_step} steps: {result}")
+            sys.stdout.flush()
+            start_time += time.time() - eval_start  # SPS is the speed of training
+    progress.close()
+    writer.close()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    try:
+        validate(args)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    main(args)
