@@ -341,7 +341,7 @@ class Environments:
             self.score[i] += raw_reward
             self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
             self.return_stats.update(self.discounted_return[i])
-            reward[i] = np.clip(raw_reward / self.return_stats.std, -10, 10)
+            reward[i] = max(-10, min(raw_reward / self.return_stats.std, 10))
             if terminated[i] or truncated[i]:
                 final_obs[i] = self.normalize(obs)  # a value to bootstrap from, not an observation of the policy
                 obs, _ = env.reset()
