@@ -46,6 +46,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def validate(args: Args) -> None:
         ("num_bins", lambda x: x >= 2, "at least 2"),
         ("gamma gae_lambda advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("pg_coef ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
-        ("reward_noise", lambda x: 0 <= x <= (1 if atari else math.inf), "a probability on Atari, else a std"),
+        ("reward_noise", lambda x: 0 <= x <= (1 if atari else sys.float_info.max), "≥ 0, on Atari ≤ 1"),
         ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
         ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
         ("max_grad_norm target_kl", lambda x: x is None or x > 0, "positive"),
@@ -197,20 +198,22 @@ def validate(args: Args) -> None:
 def check_environment(env_id: str) -> None:
     """Raises ValueError, with one line to print, unless the environment exists and the script takes its spaces."""
     try:
-        env = gym.make(env_id)
+        with warnings.catch_warnings(action="ignore"):
+            env = gym.make(env_id)
     except gym.error.UnregisteredEnv:
-        known = {name.lower(): name for name in gym.registry}
-        near = [known[name] for name in difflib.get_close_matches(env_id.lower(), known)] or ["Hopper-v5"]
-        raise ValueError(f"--env-id {env_id} is not known; did you mean {' or '.join(near)}?") from None
-    except (gym.error.Error, ImportError) as error:
+        known = {name.lower(): name for name in gym.registry if not name.startswith(("phys2d/", "tabular/"))}
+        near = [known[name] for name in difflib.get_close_matches(env_id.lower(), known, n=1)]
+        hint = f"did you mean {near[0]}?" if near else "Atari games are for sppo_atari.py and ppo_baseline.py"
+        raise ValueError(f"--env-id {env_id} is not known; {hint}") from None
+    except Exception as error:  # whatever an environment that is not installed as it should be raises
         raise ValueError(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}") from None
     obs_space, action_space = env.observation_space, env.action_space
     env.close()
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
         raise ValueError(f"--env-id {env_id} has observations {obs_space}; this script takes flat Box ones")
-    finite_box = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    if not (finite_box or isinstance(action_space, gym.spaces.Discrete)):
-        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Box or Discrete ones")
+    box = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and action_space.dtype.kind == "f"
+    if not (box or isinstance(action_space, gym.spaces.Discrete)):
+        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Discrete or float Box ones")
 
 
 # ---------------------------------------------------------------------------------------------------------- environment

@@ -176,19 +176,19 @@ def main(args: Args) -> None:
     row("mean weight", (f"{weight:.4g}" for weight in mean_weights))
     row("value of the forward term", (f"{loss.item():.3g}" for loss in (forward_ppo, forward_ppo, forward_a2c)))
     row("value of the reverse term", (f"{loss.item():.3g}" for loss in (released_reverse, plain_reverse, sa2c_reverse)))
-    row("cosine with the plain gradient", (f"{cosine(x, y):.3f}" for x, y in zip(symmetric, unweighted)))
+    row("cosine with unweighted gradient", (f"{cosine(x, y):.3f}" for x, y in zip(symmetric, unweighted)))
     print("\nrelative distance from the predicted gradient")
     for name in symmetric[0]:
         row(f"  {name}", (distance(x[name], y[name]) for x, y in zip(symmetric, predicted)))
-    print("\nrelative distance from the control: the plain gradient times the mean weight")
+    print("\nrelative distance from the control: the unweighted gradient times the mean weight")
     for name in symmetric[0]:
         row(f"  {name}", (distance(x[name], w * y[name]) for x, y, w in zip(symmetric, unweighted, mean_weights)))
 
     # Independent flips, and a loss that is a mean over samples: on average (1 − q) ∇L(A) + q ∇L(−A).
     clean, flipped = unweighted[0], gradients(ppo_loss(logprob, old_logprob, -A, clip_coef), agent)
     expected = {name: (1 - args.flip) * clean[name] + args.flip * flipped[name] for name in clean}
-    print(f"\nnormalised advantages change sign with probability {args.flip}: cosine of PPO's expected gradient with the")
-    print(f"clean one {cosine(expected, clean):.3f} (1 as long as nothing is clipped)")
+    print(f"\nnormalised advantages change sign with probability {args.flip}: PPO's expected gradient has cosine")
+    print(f"{cosine(expected, clean):.3f} with the clean one (1 as long as nothing is clipped)")
 
 
 if __name__ == "__main__":

@@ -6,24 +6,21 @@
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sa2c_atari import symmetric_a2c_loss
 from sppo_atari import symmetric_ppo_loss
 
-FIGURES = ROOT / "docs" / "figures"
+FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
+plt.switch_backend("agg")
 plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 160})
 
 
 def pull(loss, pi: np.ndarray) -> np.ndarray:
-    """|∂ loss / ∂ logit of the action taken|, of two actions, at each probability `pi` (n,). `loss` takes log π (1,)."""
+    """|∂ loss / ∂ logit of the action taken|, of two actions, at each probability `pi` (n,). `loss`: of log π (1,)."""
     sizes = []
     for probability in torch.from_numpy(pi):
         logit = probability.logit().requires_grad_()
@@ -58,12 +55,14 @@ def draw_gradients() -> None:
     ax.plot(pi, pull(a2c(0.5, 1.0), pi), color="tab:blue", lw=3)
     ax.plot(pi[every], pull(ppo(0.5, 1.0, False), pi[every]), "o", color="tab:blue", mfc="white", ms=7, mew=2)
     ax.plot(pi, pull(a2c(0.0, 1.0), pi), color="tab:red", lw=2.5, ls=":")
-    ax.text(0.22, 1.22, "released SPPO:\n1.5 × cross-entropy", color="0.35", va="center")
-    ax.text(0.02, 0.985, "cross-entropy\n(A2C, PPO)", color="black", va="top")
-    ax.annotate("SA2C (line),\nplain SPPO (circles)", (0.63, 0.418), (0.6, 0.75), color="tab:blue", va="center",
-                arrowprops=dict(arrowstyle="-", color="tab:blue"))
+    ax.set(xlim=(0, 1), ylim=(0, 1.55), xlabel="π, probability of the action taken")
+    ax.set_ylabel("size of the gradient in its logit")
+    along = dict(rotation_mode="anchor", transform_rotates_text=True)  # labels that lie on their lines
+    slope = np.degrees(np.arctan(-1.5))
+    ax.text(0.16, 1.29, "released SPPO: 1.5 × cross-entropy", color="0.35", rotation=slope, **along)
+    ax.text(0.06, 0.965, "cross-entropy (A2C, PPO)", color="black", rotation=-45, **along)
+    ax.text(0.03, 0.37, "SA2C (line), plain SPPO (circles)", color="tab:blue", fontsize=12)
     ax.text(0.3, 0.135, "reverse cross-entropy", color="tab:red")
-    ax.set(xlabel="π, probability of the action taken", ylabel="size of the gradient in its logit", xlim=(0, 1), ylim=(0, 1.55))
     plt.savefig(FIGURES / "loss_gradients.png")
 
 
@@ -74,12 +73,13 @@ def draw_weights() -> None:
     styles = {0.0: ":", 0.5: "-.", 1.0: "-", 2.0: (0, (7, 2)), 4.0: (0, (3, 1.5))}
     for i, (beta, style) in enumerate(styles.items()):
         weight = pull(a2c(0.5, beta), pi) / plain
-        ax.plot(pi, weight, color=plt.cm.viridis(0.85 - 0.2 * i), lw=2.5, ls=style)
-        ax.text(1.01, weight[-1], f"β = {beta:g}", color=plt.cm.viridis(0.85 - 0.2 * i), va="center")
+        ax.plot(pi, weight, color=plt.cm.viridis(0.68 - 0.17 * i), lw=2.5, ls=style)
+        ax.text(1.01, weight[-1], f"β = {beta:g}", color=plt.cm.viridis(0.68 - 0.17 * i), va="center")
     released = pull(ppo(0.5, 1.0, True), pi) / plain
     ax.plot(pi, released, color="0.45", lw=2.5)
-    ax.text(0.02, released[0] + 0.08, "released SPPO, β = 1", color="0.35", va="bottom")
-    ax.set(xlabel="π (SA2C), π_old (plain SPPO)", ylabel="weight of the sample", xlim=(0, 1.17), ylim=(0, 4.7))
+    ax.text(0.99, 1.57, "released, β = 1", color="0.35", ha="right", fontsize=12)
+    ax.set(xlim=(0, 1.17), ylim=(0, 4.7), ylabel="weight of the sample, α = 0.5")
+    ax.set_xlabel(r"π for SA2C, $π_{\mathrm{old}}$ for plain SPPO")
     ax.set_xticks(np.linspace(0, 1, 6))
     ax.spines["bottom"].set_bounds(0, 1)
     plt.savefig(FIGURES / "loss_weights.png")
@@ -104,10 +104,10 @@ def draw_mask() -> None:
     box = dict(facecolor="white", edgecolor="none", pad=3)
     ax.text(1.35, 1, "m = 0\nalready made\nlikelier", ha="center", va="center", bbox=box)
     ax.text(0.65, -1, "m = 0\nalready made\nless likely", ha="center", va="center", bbox=box)
-    ax.text(0.8, 1, "m = 1\ngradient makes\nthe action likelier", ha="center", va="center")
-    ax.text(1.2, -1, "m = 1\ngradient makes\nit less likely", ha="center", va="center")
+    ax.text(0.83, 1, "m = 1\nmakes the action\nlikelier", ha="center", va="center")
+    ax.text(1.17, -1, "m = 1\nmakes the action\nless likely", ha="center", va="center")
     ax.axhline(0, color="black", lw=1)
-    ax.set(xlabel="r = π / π_old", ylabel="advantage A", xlim=(0.5, 1.5), ylim=(-2, 2))
+    ax.set(xlabel=r"r = π / $π_{\mathrm{old}}$", ylabel="advantage A", xlim=(0.5, 1.5), ylim=(-2, 2))
     ax.set_xticks([0.5, 0.8, 1, 1.2, 1.5], ["0.5", "1−ε", "1", "1+ε", "1.5"])
     ax.set_yticks([-2, -1, 0, 1, 2])
     plt.savefig(FIGURES / "loss_clip_mask.png")

@@ -1,0 +1,39 @@
+"""The network: what it says when it acts and when it judges a stored action is the same."""
+
+import numpy as np
+import torch
+
+from sppo_atari import AtariAgent, sample
+
+
+def test_sampled_actions_have_the_softmax_frequencies():
+    logits = torch.tensor([2.0, 0.0, -1.0, 0.5])
+    draws = sample(logits.expand(100_000, 4), torch.Generator().manual_seed(0))
+    expected = logits.softmax(0).numpy()
+    frequencies = np.bincount(draws, minlength=4) / len(draws)
+    np.testing.assert_array_less(np.abs(frequencies - expected), 5 * np.sqrt(expected * (1 - expected) / len(draws)))
+
+
+def test_atari_agent_judges_as_it_acts():
+    torch.manual_seed(0)
+    agent, obs = AtariAgent(6), torch.randint(256, (32, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        agent.policy.weight *= 100  # a fresh policy is uniform
+        action, logprob, value = agent.act(obs, torch.Generator().manual_seed(0))
+        judged_logprob, entropy, judged_value = agent(obs, action)
+        probabilities = agent.policy(agent.features(obs / 255)).softmax(1)
+    torch.testing.assert_close(logprob, judged_logprob)
+    torch.testing.assert_close(value, judged_value)
+    torch.testing.assert_close(value, agent.get_value(obs))
+    torch.testing.assert_close(logprob[:, 0].exp(), probabilities[torch.arange(32), action])
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(probabilities).entropy())
+    assert entropy.max() < np.log(6) - 0.01
+
+
+def test_atari_agent_starts_as_in_the_released_code():
+    """Orthogonal weights: √2 in the hidden layers, 0.01 for the policy, 1 for the value; no biases."""
+    agent = AtariAgent(4)
+    layers = [layer for layer in agent.features if hasattr(layer, "weight")] + [agent.policy, agent.value]
+    for layer, gain in zip(layers, [2**0.5] * 4 + [0.01, 1.0], strict=True):
+        torch.testing.assert_close(torch.linalg.svdvals(layer.weight.flatten(1)).max().item(), gain, rtol=1e-4, atol=0)
+        assert not layer.bias.any()
