@@ -1,6 +1,7 @@
 """Released SPPO beside its matched control, PPO with `pg_coef` = α + β|Z|: how far apart does rounding drive them?
 
-    python benchmark/matched_control.py    # writes results/matched_control.csv and docs/figures/matched_control.png
+    python benchmark/matched_control.py         # writes results/matched_control.csv, then the figure
+    python benchmark/matched_control.py plot    # draws docs/figures/matched_control.png from the table
 
 Both scripts run on Hopper-v5 with one seed, side by side, through their own functions. After each iteration the
 distance between the two sets of parameters is taken, ‖θ − θ'‖ / ‖θ‖, and the first action that differs is named.
@@ -20,6 +21,7 @@ import ppo_baseline  # noqa: E402
 import sppo_continuous  # noqa: E402
 
 ITERATIONS = 20
+TABLE = ROOT / "benchmark/results/matched_control.csv"
 
 
 def learn(script, args):
@@ -52,7 +54,7 @@ def learn(script, args):
         yield torch.cat([p.detach().flatten() for p in agent.parameters()]), rollout.actions.clone()
 
 
-def main() -> None:
+def compare() -> None:
     torch.set_num_threads(1)
     rows = []
     for alpha, beta, Z in ((1.0, 1.0, -1.0), (0.5, 20.0, -1.0)):
@@ -68,22 +70,27 @@ def main() -> None:
                 first = (iteration - 1) * len(differs) + int(differs.int().argmax())
             rows.append((alpha, beta, Z, iteration, f"{gap:.3e}", first))
             print(*rows[-1], flush=True)
-    with (ROOT / "benchmark/results/matched_control.csv").open("w") as file:
+    with TABLE.open("w") as file:
         writer = csv.writer(file)
         writer.writerow(["alpha", "beta", "Z", "iteration", "relative_gap", "first_different_step"])
         writer.writerows(rows)
 
+
+def plot() -> None:
+    rows = list(csv.DictReader(TABLE.open()))
     figure, axes = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
-    for (alpha, beta), style in (((1.0, 1.0), "-"), ((0.5, 20.0), "--")):
-        curve = [row for row in rows if row[:2] == (alpha, beta)]
-        gaps = [float(row[4]) for row in curve]
-        label = f"α = {alpha:g}, β = {beta:g}: first other action at step {curve[-1][5]:,}"
-        axes.plot(range(1, ITERATIONS + 1), gaps, style, color="black", label=label)
-    axes.set(yscale="log", xlabel="iteration (2,048 steps each)", ylabel="‖θ − θ'‖ / ‖θ‖")
+    for beta, style in (("1.0", "-"), ("20.0", "--")):
+        curve = [row for row in rows if row["beta"] == beta]
+        label = "α = {alpha}, β = {beta}: first other action at step {first_different_step}".format(**curve[-1])
+        x, y = [int(row["iteration"]) for row in curve], [float(row["relative_gap"]) for row in curve]
+        axes.plot(x, y, style, color="black", label=label)
+    axes.set(yscale="log", xticks=range(0, ITERATIONS + 1, 5), xlabel="iteration (2,048 steps each)",
+             ylabel="‖θ − θ'‖ / ‖θ‖")
     axes.legend(frameon=False, fontsize=8)
-    (ROOT / "docs/figures").mkdir(parents=True, exist_ok=True)
     figure.savefig(ROOT / "docs/figures/matched_control.png", dpi=200)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["plot"]:
+        compare()
+    plot()
