@@ -22,8 +22,9 @@ With r = π / π_old for the action taken and A the advantage:
     policy loss = pg_coef · forward
     loss = policy loss − ent_coef · entropy + vf_coef · value loss
 
-It differs from `sppo_atari.py` and `sppo_continuous.py` in the loss alone. The released SPPO has exactly the gradient
-of PPO with `pg_coef` = α + β|Z|, its matched control. Continuous actions are Gaussian or, as in SPPO, cut into bins.
+On Atari, and elsewhere with `--policy discretized`, it differs from `sppo_atari.py` and `sppo_continuous.py` in the
+loss alone. The released SPPO then has exactly the gradient of PPO with `pg_coef` = α + β|Z|, its matched control. By
+default continuous actions are Gaussian.
 
 The algorithm, as `main` runs it:
 
@@ -51,9 +52,6 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a screen; must be set before it is imported
 
 import ale_py
 import gymnasium as gym
@@ -106,7 +104,7 @@ class Args:
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
     pg_coef: float = 1.0
-    """weight of the policy loss; α + β|Z| makes the matched control of SPPO"""
+    """weight of the policy loss; α + β|Z| (with `--policy discretized`) makes the matched control of SPPO"""
     ent_coef: float | None = None
     """weight of the entropy bonus (Atari 0.01, else 0.0)"""
     vf_coef: float = 0.5
@@ -168,13 +166,13 @@ def validate(args: Args) -> None:
     """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
     atari = is_atari(args.env_id)
     if not atari:
-        check_environment(args.env_id)
+        check_environment(args.env_id, args.capture_video)
     rules = [
         ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
         ("num_bins", lambda x: x >= 2, "at least 2"),
         ("gamma gae_lambda advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("pg_coef ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
-        ("reward_noise", lambda x: 0 <= x <= (1 if atari else sys.float_info.max), "≥ 0, on Atari ≤ 1"),
+        ("reward_noise", lambda x: 0 <= x <= (1 if atari else sys.float_info.max), "finite and ≥ 0, on Atari ≤ 1"),
         ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
         ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
         ("max_grad_norm target_kl", lambda x: x is None or x > 0, "positive"),
@@ -195,25 +193,35 @@ def validate(args: Args) -> None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
 
-def check_environment(env_id: str) -> None:
-    """Raises ValueError, with one line to print, unless the environment exists and the script takes its spaces."""
+def check_environment(env_id: str, video: bool) -> None:
+    """Raises ValueError, with one line to print, unless the environment exists, can be rendered if a `video` is asked
+    for, and has spaces that the script takes."""
+    if video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a screen; read when it is first imported
     try:
         with warnings.catch_warnings(action="ignore"):
-            env = gym.make(env_id)
+            env = gym.make(env_id, **({"render_mode": "rgb_array"} if video else {}))
+            if video:
+                env.reset()
+                env.render()
     except gym.error.UnregisteredEnv:
-        known = {name.lower(): name for name in gym.registry if not name.startswith(("phys2d/", "tabular/"))}
+        atari = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
+        others = [name for name, spec in gym.registry.items() if "/" not in name and "game" not in spec.kwargs]
+        known = {name.lower(): name for name in atari + others}
         near = [known[name] for name in difflib.get_close_matches(env_id.lower(), known, n=1)]
-        hint = f"did you mean {near[0]}?" if near else "Atari games are for sppo_atari.py and ppo_baseline.py"
+        hint = f"did you mean {near[0]}?" if near else "Atari games, for the scripts that take them: ALE/Breakout-v5"
         raise ValueError(f"--env-id {env_id} is not known; {hint}") from None
     except Exception as error:  # whatever an environment that is not installed as it should be raises
-        raise ValueError(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"--env-id {env_id} cannot be {'rendered' if video else 'made'}: {reason}") from None
     obs_space, action_space = env.observation_space, env.action_space
     env.close()
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
-        raise ValueError(f"--env-id {env_id} has observations {obs_space}; this script takes flat Box ones")
+        hint = "this script takes flat Box ones (Atari games, for the scripts that take them: ALE/Breakout-v5)"
+        raise ValueError(f"--env-id {env_id} has observations {obs_space}; {hint}")
     box = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and action_space.dtype.kind == "f"
     if not (box or isinstance(action_space, gym.spaces.Discrete)):
-        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Discrete or float Box ones")
+        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Discrete or bounded Box")
 
 
 # ---------------------------------------------------------------------------------------------------------- environment
@@ -344,7 +352,7 @@ class Environments:
             self.score[i] += raw_reward
             self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
             self.return_stats.update(self.discounted_return[i])
-            reward[i] = max(-10, min(raw_reward / self.return_stats.std, 10))
+            reward[i] = max(min(raw_reward / self.return_stats.std, 10), -10)  # in this order a NaN stays one
             if terminated[i] or truncated[i]:
                 final_obs[i] = self.normalize(obs)  # a value to bootstrap from, not an observation of the policy
                 obs, _ = env.reset()
@@ -680,7 +688,7 @@ def evaluate_episodes(
     agent: nn.Module, envs: Environments, to_action, args: Args, sequence: np.random.SeedSequence, video: Path | None
 ) -> np.ndarray:
     """Raw returns (eval_episodes,) with the most probable actions and the statistics of `envs`, which do not change."""
-    env = gym.make(args.env_id, render_mode="rgb_array" if video else None)
+    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
@@ -728,7 +736,7 @@ def main(args: Args) -> None:
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
                    sync_tensorboard=True, save_code=True)
-    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in asdict(args).items())
+    flags = ", ".join(f"{key} {value}" for key, value in asdict(args).items())
     print(f"{run} on {device}: {flags}", flush=True)
     writer = SummaryWriter(run)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())

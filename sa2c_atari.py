@@ -23,7 +23,8 @@ With π the probability of the action taken and A the advantage:
     policy loss = α · forward + β · reverse
     loss = policy loss − ent_coef · entropy + vf_coef · value loss
 
-Its gradient is A2C's with every advantage multiplied by α + β|Z|π: confident actions count more. α = 1, β = 0 is A2C.
+Its policy gradient is A2C's with every advantage multiplied by α + β|Z|π: confident actions count more. With α = 1 and
+β = 0 it is A2C.
 The algorithm, as `main` runs it:
 
     for each iteration
@@ -69,7 +70,7 @@ class Args:
     env_id: str = "ALE/Breakout-v5"
     """the game; `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4` mean the same"""
     seed: int = 1
-    """seed of the run: weights, games, actions, minibatches, noise"""
+    """seed of the run: weights, games, actions, noise"""
     total_timesteps: int = 5_000_000
     """environment steps, each of 4 frames; the last incomplete batch is left out"""
     num_envs: int = 16
@@ -144,8 +145,8 @@ def validate(args: Args) -> None:
             if not holds(getattr(args, name)):
                 raise ValueError(f"--{name.replace('_', '-')} must be {words}; it is {getattr(args, name)}")
     batch_size = args.num_envs * args.num_steps
-    if args.norm_adv and batch_size == 1:
-        raise ValueError("--norm-adv needs batches of at least 2 steps")
+    if batch_size == 1:
+        raise ValueError("a batch needs at least 2 steps: --num-envs or --num-steps above 1")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
@@ -431,7 +432,7 @@ def update(agent: AtariAgent, optimizer, batch: Batch, args: Args, rng: np.rando
         "losses/mean_weight": (weight * (args.alpha + args.beta * abs(args.Z) * logprob.exp())).mean(),
         "advantage/sign_flips_normalization": (weight * (normalized.sign() != advantage.sign())).mean(),
     }
-    return {tag: value.item() for tag, value in stats.items()}
+    return dict(zip(stats, torch.stack(list(stats.values())).tolist()))  # one wait for the GPU
 
 
 @torch.inference_mode()
@@ -493,7 +494,7 @@ def main(args: Args) -> None:
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
 
-    # Separate streams, so that evaluation and reward noise disturb nothing else.
+    # Separate streams, so that evaluation and noise disturb nothing else; the fourth is the siblings' for minibatches.
     weights_seed, games_seed, actions_seed, _, noise_seed, eval_seed = np.random.SeedSequence(
         args.seed
     ).spawn(6)

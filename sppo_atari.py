@@ -327,14 +327,15 @@ def symmetric_ppo_loss(
     return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
 
 
-def mean_weight(old_logprob: torch.Tensor, alpha: float, beta: float, Z: float, importance_weighted: bool = True):
+def mean_weight(
+    old_logprob: torch.Tensor, alpha: float, beta: float, Z: float, importance_weighted: bool = True
+) -> float:
     """w̄, the mean factor by which the symmetric loss multiplies PPO's policy gradient. `old_logprob`: (batch, D).
 
     It is α + β|Z| for every sample with the importance-weighted reverse term, and α + β|Z| · mean_d(π_d) / D without.
     """
-    if importance_weighted:
-        return torch.full_like(old_logprob[:, 0], alpha + beta * abs(Z)).mean()
-    return (alpha + beta * abs(Z) * old_logprob.exp().mean(1) / old_logprob.shape[1]).mean()
+    share = 1.0 if importance_weighted else old_logprob.exp().mean().item() / old_logprob.shape[1]
+    return alpha + beta * abs(Z) * share
 
 
 def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:

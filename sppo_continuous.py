@@ -52,9 +52,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a screen; must be set before it is imported
-
 import gymnasium as gym
 import imageio
 import numpy as np
@@ -143,7 +140,7 @@ class Args:
 
 def validate(args: Args) -> None:
     """Raises ValueError, with one line to print, if a run with `args` makes no sense."""
-    check_environment(args.env_id)
+    check_environment(args.env_id, args.capture_video)
     rules = [
         ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
         ("num_bins", lambda x: x >= 2, "at least 2"),
@@ -171,25 +168,35 @@ def validate(args: Args) -> None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
 
-def check_environment(env_id: str) -> None:
-    """Raises ValueError, with one line to print, unless the environment exists and the script takes its spaces."""
+def check_environment(env_id: str, video: bool) -> None:
+    """Raises ValueError, with one line to print, unless the environment exists, can be rendered if a `video` is asked
+    for, and has spaces that the script takes."""
+    if video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # lets MuJoCo render without a screen; read when it is first imported
     try:
         with warnings.catch_warnings(action="ignore"):
-            env = gym.make(env_id)
+            env = gym.make(env_id, **({"render_mode": "rgb_array"} if video else {}))
+            if video:
+                env.reset()
+                env.render()
     except gym.error.UnregisteredEnv:
-        known = {name.lower(): name for name in gym.registry if not name.startswith(("phys2d/", "tabular/"))}
+        atari = [name for name in gym.registry if name.startswith("ALE/") or name.endswith("NoFrameskip-v4")]
+        others = [name for name, spec in gym.registry.items() if "/" not in name and "game" not in spec.kwargs]
+        known = {name.lower(): name for name in atari + others}
         near = [known[name] for name in difflib.get_close_matches(env_id.lower(), known, n=1)]
-        hint = f"did you mean {near[0]}?" if near else "Atari games are for sppo_atari.py and ppo_baseline.py"
+        hint = f"did you mean {near[0]}?" if near else "Atari games, for the scripts that take them: ALE/Breakout-v5"
         raise ValueError(f"--env-id {env_id} is not known; {hint}") from None
     except Exception as error:  # whatever an environment that is not installed as it should be raises
-        raise ValueError(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"--env-id {env_id} cannot be {'rendered' if video else 'made'}: {reason}") from None
     obs_space, action_space = env.observation_space, env.action_space
     env.close()
     if not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
-        raise ValueError(f"--env-id {env_id} has observations {obs_space}; this script takes flat Box ones")
+        hint = "this script takes flat Box ones (Atari games, for the scripts that take them: ALE/Breakout-v5)"
+        raise ValueError(f"--env-id {env_id} has observations {obs_space}; {hint}")
     box = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and action_space.dtype.kind == "f"
     if not (box or isinstance(action_space, gym.spaces.Discrete)):
-        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Discrete or float Box ones")
+        raise ValueError(f"--env-id {env_id} has actions {action_space}; this script takes Discrete or bounded Box")
 
 
 # ---------------------------------------------------------------------------------------------------------- environment
@@ -268,7 +275,7 @@ class Environments:
             self.score[i] += raw_reward
             self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
             self.return_stats.update(self.discounted_return[i])
-            reward[i] = max(-10, min(raw_reward / self.return_stats.std, 10))
+            reward[i] = max(min(raw_reward / self.return_stats.std, 10), -10)  # in this order a NaN stays one
             if terminated[i] or truncated[i]:
                 final_obs[i] = self.normalize(obs)  # a value to bootstrap from, not an observation of the policy
                 obs, _ = env.reset()
@@ -366,14 +373,15 @@ def symmetric_ppo_loss(
     return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
 
 
-def mean_weight(old_logprob: torch.Tensor, alpha: float, beta: float, Z: float, importance_weighted: bool = True):
+def mean_weight(
+    old_logprob: torch.Tensor, alpha: float, beta: float, Z: float, importance_weighted: bool = True
+) -> float:
     """w̄, the mean factor by which the symmetric loss multiplies PPO's policy gradient. `old_logprob`: (batch, D).
 
     It is α + β|Z| for every sample with the importance-weighted reverse term, and α + β|Z| · mean_d(π_d) / D without.
     """
-    if importance_weighted:
-        return torch.full_like(old_logprob[:, 0], alpha + beta * abs(Z)).mean()
-    return (alpha + beta * abs(Z) * old_logprob.exp().mean(1) / old_logprob.shape[1]).mean()
+    share = 1.0 if importance_weighted else old_logprob.exp().mean().item() / old_logprob.shape[1]
+    return alpha + beta * abs(Z) * share
 
 
 def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
@@ -503,7 +511,7 @@ def evaluate_episodes(
     agent: nn.Module, envs: Environments, to_action, args: Args, sequence: np.random.SeedSequence, video: Path | None
 ) -> np.ndarray:
     """Raw returns (eval_episodes,) with the most probable actions and the statistics of `envs`, which do not change."""
-    env = gym.make(args.env_id, render_mode="rgb_array" if video else None)
+    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)

@@ -60,7 +60,7 @@ class Trainer:
         self.args = self.script.Args(env_id=env_id, seed=seed)
         self.script.validate(self.args)
         self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-        model = torch.load(checkpoint, weights_only=True) if checkpoint else {}
+        model = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
         device, sequence = torch.device("cpu"), np.random.SeedSequence(seed)
         num_steps, num_envs = self.args.num_steps, self.args.num_envs
         if self.atari:
@@ -73,6 +73,7 @@ class Trainer:
                 stats, count = envs.obs_stats, 10**6
                 stats.count, stats.mean = count, model["obs_stats"]["mean"].numpy()
                 stats.sum_of_squares = count * model["obs_stats"]["std"].numpy() ** 2
+                envs.obs[:] = [envs.normalize(env.reset()[0]) for env in envs.envs]
             to_action = sppo_continuous.BinnedActions(envs.action_space, self.args.num_bins)
             self.envs = envs, to_action
             self.agent = sppo_continuous.BinnedAgent(envs.obs.shape[1], to_action.values.shape)
@@ -152,8 +153,8 @@ def main(args: Args) -> None:
     plain_loss, _, plain_reverse = symmetric_ppo_loss(logprob, old_logprob, A, *coefficients, clip_coef, False)
     sa2c_loss, _, sa2c_reverse = symmetric_a2c_loss(joint_logprob, mb.advantages, *coefficients)
     mean_weights = [
-        trainer.script.mean_weight(old_logprob, *coefficients, True).item(),
-        trainer.script.mean_weight(old_logprob, *coefficients, False).item(),
+        trainer.script.mean_weight(old_logprob, *coefficients, True),
+        trainer.script.mean_weight(old_logprob, *coefficients, False),
         a2c_weight.mean().item(),
     ]
     symmetric = [gradients(loss, agent) for loss in (released_loss, plain_loss, sa2c_loss)]
@@ -195,5 +196,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     try:
         main(args)
-    except (ValueError, FileNotFoundError, gym.error.Error) as error:
+    except (ValueError, KeyError, RuntimeError, FileNotFoundError, gym.error.Error) as error:
         sys.exit(f"loss_anatomy.py: {error}")

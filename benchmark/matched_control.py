@@ -4,7 +4,8 @@
     python benchmark/matched_control.py plot    # draws docs/figures/matched_control.png from the table
 
 Both scripts run on Hopper-v5 with one seed, side by side, through their own functions. After each iteration the
-distance between the two sets of parameters is taken, ‖θ − θ'‖ / ‖θ‖, and the first action that differs is named.
+distance between SPPO's parameters θ and the control's θ' is taken, ‖θ − θ'‖ / ‖θ'‖, and the first action that differs
+is named.
 """
 
 import csv
@@ -85,7 +86,7 @@ def plot() -> None:
         x, y = [int(row["iteration"]) for row in curve], [float(row["relative_gap"]) for row in curve]
         axes.plot(x, y, style, color="black", label=label)
     axes.set(yscale="log", xticks=range(0, ITERATIONS + 1, 5), xlabel="iteration (2,048 steps each)",
-             ylabel="‖θ − θ'‖ / ‖θ‖")
+             ylabel="‖θ − θ'‖ / ‖θ'‖")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(ROOT / "docs/figures/matched_control.png", dpi=200)
 

@@ -97,6 +97,7 @@ def main() -> None:
     row = [*key, f"{np.mean(returns):.2f}", f"{np.std(returns):.2f}", f"{seconds:.0f}"]
     with RESULTS.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # several calls may run at once
+        file.seek(0, 2)
         file.write((",".join(FIELDS) + "\n" if file.tell() == 0 else "") + ",".join(row) + "\n")
     print(*row)
 

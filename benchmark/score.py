@@ -33,6 +33,7 @@ def main() -> None:
     steps, mean, std, episodes = FINAL.search(done.stdout).groups()
     with RESULTS.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # several calls may run at once
+        file.seek(0, 2)
         writer = csv.writer(file)
         if file.tell() == 0:
             writer.writerow(FIELDS)

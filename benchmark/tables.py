@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
+STEPS = 299_008  # of the comparison with Stable-Baselines3: 146 batches of 2,048
 
 
 def interval(scores) -> tuple[float, float]:
@@ -29,18 +30,18 @@ def main() -> None:
     reference, ours, games = defaultdict(dict), defaultdict(dict), []
     for row in csv.DictReader((RESULTS / "reference.csv").open()):
         env = re.sub("(.*)NoFrameskip-v4", r"ALE/\1-v5", row["env_id"])
-        reference[row["method"], env][int(row["seed"])] = row
+        reference[row["method"], env, int(row["steps"])][int(row["seed"])] = row
     for row in csv.DictReader((RESULTS / "scores.csv").open()):
         script, flags = row["command"].split(" ", 1)
-        flags = dict(re.findall(r"--(\S+) (\S+)", flags))
-        name = script + (f" --policy {flags['policy']}" if "policy" in flags else "")
-        ours[name, flags["env-id"]][int(flags["seed"])] = row
+        env, seed = (re.search(rf"--{flag} (\S+)", flags).group(1) for flag in ("env-id", "seed"))
+        flags = re.sub(r" ?--(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+", "", flags)
+        ours[(script + flags), env, int(row["steps"])][int(seed)] = row
         if script == "sppo_atari.py":
-            games.append((flags["env-id"], flags["seed"], row))
+            games.append((env, seed, row))
 
     print("| game | seed | steps | minutes | trained policy | uniform policy |\n| --- | --- | --- | --- | --- | --- |")
     for env, seed, row in games:
-        uniform = reference["uniform", env][1]
+        uniform = reference["uniform", env, 0][1]
         cells = []
         for r in (row, uniform):
             half = stats.t.ppf(0.975, int(r["episodes"]) - 1) * float(r["std"]) / (int(r["episodes"]) - 1) ** 0.5
@@ -49,18 +50,22 @@ def main() -> None:
 
     print("\n| script | environment | steps | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (name, env), rows in sorted(ours.items(), key=lambda item: item[0][::-1]):
-        scores = [float(rows[seed]["mean"]) for seed in (1, 2, 3) if seed in rows]
-        peers = reference.get(("a2c" if "a2c" in name else "ppo", env), {})
-        peer = np.mean([float(peers[seed]["mean"]) for seed in (1, 2, 3)]) if {1, 2, 3} <= peers.keys() else np.nan
-        uniform = float(reference["uniform", env][1]["mean"]) if ("uniform", env) in reference else np.nan
-        print(f"| `{name}` | {env} | {int(rows[1]['steps']):,} | {', '.join(f'{s:.0f}' for s in scores)} | "
-              f"{np.mean(scores):.0f} | {(peer + uniform) / 2:.0f} | {peer:.0f} | {uniform:.0f} |")
+    for (name, env, steps), rows in sorted(ours.items(), key=lambda item: item[0][1::-1]):
+        scores = {seed: float(rows[seed]["mean"]) for seed in sorted(rows) if seed <= 3}
+        peers = reference["a2c" if "a2c" in name else "ppo", env, steps]
+        uniform = [float(row["mean"]) for row in reference["uniform", env, 0].values()]
+        cells = ["–"] * 3
+        if uniform and {1, 2, 3} <= peers.keys():
+            peer = np.mean([float(peers[seed]["mean"]) for seed in (1, 2, 3)])
+            cells = [f"{(peer + uniform[0]) / 2:.0f}", f"{peer:.0f}", f"{uniform[0]:.0f}"]
+        listed = ", ".join(f"{score:.0f} (seed {seed})" for seed, score in scores.items())
+        mean = f"{np.mean(list(scores.values())):.0f}"
+        print(f"| `{name}` | {env} | {steps:,} | {listed} | {mean} | {' | '.join(cells)} |")
 
     print("\n| environment | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict |")
     print("| --- | --- | --- | --- | --- | --- |")
     for env in ("Hopper-v5", "HalfCheetah-v5"):
-        rows, peers = ours["ppo_baseline.py --policy gaussian", env], reference["ppo", env]
+        rows, peers = ours["ppo_baseline.py --policy gaussian", env, STEPS], reference["ppo", env, STEPS]
         seeds = sorted(rows.keys() & peers.keys())
         if len(seeds) < 2:
             continue

@@ -145,5 +145,5 @@ def test_mean_weight(batch, coefficients):
     weights = [alpha + beta * abs(Z) * (sum(row) / len(row)) / len(row) for row in pi]
     plain = mean_weight(torch.tensor(old_logprob), alpha, beta, Z, importance_weighted=False)
     weighted = mean_weight(torch.tensor(old_logprob), alpha, beta, Z, importance_weighted=True)
-    assert plain.item() == pytest.approx(np.mean(weights), rel=1e-12)
-    assert weighted.item() == pytest.approx(alpha + beta * abs(Z), rel=1e-12)
+    assert plain == pytest.approx(np.mean(weights), rel=1e-12)
+    assert weighted == pytest.approx(alpha + beta * abs(Z), rel=1e-12)

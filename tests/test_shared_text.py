@@ -56,7 +56,7 @@ def test_flags_of_the_two_atari_scripts_read_the_same():
     """But for A2C's name, its RMSprop, and its one update per batch."""
     first, second = flags("sppo_atari"), flags("sa2c_atari")
     different = {name for name in first.keys() & second.keys() if first[name][2] != second[name][2]}
-    assert different == {"alpha", "learning_rate", "norm_adv", "advantage_noise"}
+    assert different == {"alpha", "learning_rate", "norm_adv", "advantage_noise", "seed"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
