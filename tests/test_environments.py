@@ -76,7 +76,7 @@ def test_running_mean_and_std_are_numpys(samples):
         stats.update(sample)
         so_far = samples[:count].astype(np.longdouble)
         np.testing.assert_allclose(stats.mean, so_far.mean(0).astype(float), rtol=1e-10, atol=1e-9)
-        np.testing.assert_allclose(stats.std, np.sqrt(so_far.var(0).astype(float) + 1e-8), rtol=1e-7)
+        np.testing.assert_allclose(stats.std, np.sqrt(so_far.var(0).astype(float) + 1e-8), rtol=1e-7, atol=1e-30)
 
 
 def test_running_std_far_from_zero():
@@ -85,7 +85,7 @@ def test_running_std_far_from_zero():
     stats = RunningMeanStd()
     for sample in samples:
         stats.update(sample)
-    np.testing.assert_allclose(stats.std, samples.std(), rtol=1e-6)
+    np.testing.assert_allclose(stats.std, samples.std(), rtol=1e-6, atol=1e-30)
 
 
 # --------------------------------------------------------------------------------------------------------- environments
@@ -110,8 +110,8 @@ def test_observations_are_normalised_with_all_that_were_acted_on(hopper):
     for i, (normalized, raw) in enumerate(zip(obs.reshape(-1, 11), acted_on, strict=True)):
         np.testing.assert_allclose(normalized, normalize(raw, acted_on[: i + 1]), rtol=1e-4, atol=1e-5)
     assert envs.obs_stats.count == len(acted_on)
-    np.testing.assert_allclose(envs.obs_stats.mean, acted_on.mean(0), rtol=1e-10)
-    np.testing.assert_allclose(envs.obs_stats.std, np.sqrt(acted_on.var(0) + 1e-8), rtol=1e-8)
+    np.testing.assert_allclose(envs.obs_stats.mean, acted_on.mean(0), rtol=1e-10, atol=1e-30)
+    np.testing.assert_allclose(envs.obs_stats.std, np.sqrt(acted_on.var(0) + 1e-8), rtol=1e-8, atol=1e-30)
     assert obs.dtype == np.float32
 
 
@@ -134,9 +134,9 @@ def test_rewards_are_normalised_by_the_discounted_return(hopper):
             discounted_return[i] = GAMMA * discounted_return[i] + raw[i]
             seen.append(discounted_return[i])
             expected = np.clip(raw[i] / np.sqrt(np.var(seen) + 1e-8), -10, 10)
-            np.testing.assert_allclose(rewards[t, i], expected, rtol=1e-8)
+            np.testing.assert_allclose(rewards[t, i], expected, rtol=1e-8, atol=1e-30)
         discounted_return[stream.terminated[t] | stream.truncated[t]] = 0
-    np.testing.assert_allclose(envs.return_stats.std, np.sqrt(np.var(seen) + 1e-8), rtol=1e-8)
+    np.testing.assert_allclose(envs.return_stats.std, np.sqrt(np.var(seen) + 1e-8), rtol=1e-8, atol=1e-30)
     assert rewards[0, 0] == 10  # of a single sample the variance is 0
 
 
@@ -146,7 +146,7 @@ def test_scores_are_raw_and_whole(hopper):
     total, steps = np.zeros((2, len(SEEDS)))
     for t, raw in enumerate(stream.rewards):
         total, steps = total + raw, steps + 1
-        np.testing.assert_allclose(score[t], total, rtol=1e-12)
+        np.testing.assert_allclose(score[t], total, rtol=1e-12, atol=1e-30)
         np.testing.assert_array_equal(length[t], steps)
         total[over[t]] = steps[over[t]] = 0
 

@@ -175,7 +175,7 @@ def test_bins_become_actions(dtype):
     space = gym.spaces.Box(low, high, dtype=dtype)
     to_action = BinnedActions(space, 11)
     actions = to_action(np.array([[0, 0, 0, 0], [10, 10, 10, 10], [5, 1, 10, 4]]))
-    np.testing.assert_allclose(actions, [low, high, [[0, 0.2], [3, -1]]], rtol=1e-6)
+    np.testing.assert_allclose(actions, [low, high, [[0, 0.2], [3, -1]]], rtol=1e-6, atol=1e-30)
     assert all(action in space for action in actions) and actions.dtype == dtype
 
 
