@@ -44,10 +44,12 @@ import difflib
 import importlib.util
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +130,8 @@ class Args:
     """use a GPU if there is one"""
     torch_deterministic: bool = True
     """ask cuDNN for reproducible results"""
+    compile: bool = False
+    """compile the loss and its gradient: faster after half a minute, other rounding; needs a C++ compiler"""
     torch_threads: int = 1
     """CPU threads of torch; more only slow down networks as small as these; 0: torch's own choice"""
     track: bool = False
@@ -164,6 +168,8 @@ def validate(args: Args) -> None:
         raise ValueError("--norm-adv needs minibatches of at least 2 steps")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
@@ -231,11 +237,11 @@ class BinnedActions:
             self.values = space.start + np.arange(space.n)[np.newaxis]
         else:
             self.values = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
-        self.space_shape = space.shape
+        self.dimensions, self.space_shape = np.arange(len(self.values)), space.shape
 
     def __call__(self, bins: np.ndarray) -> np.ndarray:
         """(num_envs, D) → (num_envs, *space.shape)"""
-        return self.values[np.arange(len(self.values)), bins].reshape(len(bins), *self.space_shape)
+        return self.values[self.dimensions, bins].reshape(len(bins), *self.space_shape)
 
 
 class Environments:
@@ -252,7 +258,8 @@ class Environments:
         self.obs_stats, self.return_stats = RunningMeanStd(self.envs[0].observation_space.shape), RunningMeanStd()
         self.obs = np.stack([self.observe(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds)])
         self.over = np.zeros(len(seeds), dtype=bool)
-        self.score, self.length, self.discounted_return = np.zeros((3, len(seeds)))
+        self.totals = np.zeros((3, len(seeds)))
+        self.score, self.length, self.discounted_return = self.totals
 
     def normalize(self, obs: np.ndarray) -> np.ndarray:
         """An observation with the statistics so far, clipped to ±10."""
@@ -266,8 +273,7 @@ class Environments:
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Normalised reward; terminated; truncated (by a time limit); final_obs: last observation of an episode that is
         over, normalised, rubbish elsewhere."""
-        for total in (self.score, self.length, self.discounted_return):  # after a truncation, too
-            total[self.over] = 0
+        self.totals[:, self.over] = 0  # after a truncation, too
         reward, terminated, truncated = np.zeros(len(self.envs)), np.zeros_like(self.over), np.zeros_like(self.over)
         final_obs = np.empty_like(self.obs)
         for i, env in enumerate(self.envs):
@@ -304,6 +310,20 @@ def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
     )
 
 
+def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
+    """An `mlp` as a function of arrays (num_envs, obs_dim): for the few rows of a step several times as fast as torch,
+    whose calls cost more than the arithmetic."""
+    W1, b1, W2, b2, W3, b3 = (parameter.detach().cpu().numpy().T for parameter in network.parameters())
+    return lambda obs: np.tanh(np.tanh(obs @ W1 + b1) @ W2 + b2) @ W3 + b3
+
+
+def as_vector(network: nn.Module) -> nn.Parameter:
+    """All parameters in one vector, of which they become parts: Adam's work is then one call, not one per tensor."""
+    vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
+    nn.utils.vector_to_parameters(vector.data, network.parameters())
+    return vector
+
+
 class BinnedAgent(nn.Module):
     """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is independent categorical
     distributions, one per action dimension, over the bins; `bins` is (D, num_bins)."""
@@ -312,28 +332,21 @@ class BinnedAgent(nn.Module):
         super().__init__()
         self.policy = mlp(obs_dim, math.prod(bins), std=0.01).append(nn.Unflatten(1, bins))
         self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
+        self.bins = bins
 
-    def act(self, obs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Samples actions (batch, D)."""
-        return sample(self.policy(obs), generator)
+    def noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """Gumbel noise: the largest of logits + noise is a sample of softmax(logits)."""
+        return rng.gumbel(size=(*shape, *self.bins))
 
-    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.value(obs)
-
-    def most_probable(self, obs: torch.Tensor) -> torch.Tensor:
-        """The most probable actions (batch, D)."""
-        return self.policy(obs).argmax(-1)
+    def act(self, logits: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+        """Actions (num_envs, D) from `in_numpy(agent.policy)(obs)`; without noise the most probable ones."""
+        return (logits.reshape(-1, *self.bins) + noise).argmax(-1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of these actions, by dimension (batch, D), entropies (batch,), values (batch,)."""
         logprobs = self.policy(obs).log_softmax(-1)
         logprob = logprobs.gather(2, action.unsqueeze(2)).squeeze(2)
         return logprob, -(logprobs.exp() * logprobs).sum((1, 2)), self.value(obs)
-
-
-def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draws from softmax(logits) along the last dimension: the Gumbel-max trick, without building a distribution."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
 # --------------------------------------------------------------------------------------------------- losses, advantages
@@ -390,13 +403,11 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
     step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
     """
-    advantages = np.zeros_like(values)
-    advantage = np.zeros_like(next_value)
-    for t in reversed(range(len(rewards))):
-        following_value = next_value if t == len(rewards) - 1 else values[t + 1]
-        delta = rewards[t] + gamma * following_value * ~dones[t] - values[t]
-        advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
-        advantages[t] = advantage
+    following_values = np.concatenate((values[1:], next_value[np.newaxis]))
+    advantages = rewards + gamma * following_values * ~dones - values  # δ_t, to which the loop adds γλ A_{t+1}
+    decay = np.where(dones, 0, gamma * gae_lambda).astype(values.dtype)
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
@@ -427,13 +438,13 @@ class Batch(NamedTuple):
 class Rollout:
     """`num_steps` steps of `num_envs` environments; arrays of shape (num_steps, num_envs, …)."""
 
-    def __init__(self, num_steps: int, num_envs: int, obs_dim: int, action_dims: int, device: torch.device):
+    def __init__(self, num_steps: int, num_envs: int, obs_dim: int, action_dims: int):
         shape = (num_steps, num_envs)
-        self.obs = torch.zeros((*shape, obs_dim), device=device)
-        self.actions = torch.zeros((*shape, action_dims), dtype=torch.long, device=device)
-        self.logprobs = torch.zeros((*shape, action_dims), device=device)
-        self.values = torch.zeros(shape, device=device)
-        self.next_value = torch.zeros(num_envs, device=device)  # of the observation after the last step
+        self.obs = torch.zeros((*shape, obs_dim))
+        self.actions = torch.zeros((*shape, action_dims), dtype=torch.long)
+        self.logprobs = torch.zeros((*shape, action_dims))
+        self.values = torch.zeros(shape)
+        self.next_value = torch.zeros(num_envs)  # of the observation after the last step
         self.rewards = np.zeros(shape, dtype=np.float32)  # normalised
         self.dones = np.zeros(shape, dtype=bool)
         self.bootstraps = np.zeros(shape, dtype=np.float32)  # V(final observation) where truncated, else 0
@@ -441,54 +452,69 @@ class Rollout:
 
 
 @torch.inference_mode()
-def collect(envs: Environments, to_action, agent: BinnedAgent, rollout: Rollout, generator: torch.Generator) -> None:
+def collect(envs: Environments, to_action, agent: BinnedAgent, rollout: Rollout, rng: np.random.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
-    device = generator.device
+    policy, noise = in_numpy(agent.policy), agent.noise(rollout.dones.shape, rng)
+    obs, actions = rollout.obs.numpy(), rollout.actions.numpy()  # the same memory
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
-    for t in range(len(rollout.obs)):
-        rollout.obs[t] = torch.from_numpy(envs.obs)
-        rollout.actions[t] = agent.act(rollout.obs[t], generator)
-        reward, terminated, truncated, final_obs = envs.step(to_action(rollout.actions[t].cpu().numpy()))
-        rollout.rewards[t] = reward
+    for t in range(len(obs)):
+        obs[t] = envs.obs
+        actions[t] = agent.act(policy(envs.obs), noise[t])
+        rollout.rewards[t], terminated, truncated, final_obs = envs.step(to_action(actions[t]))
         rollout.dones[t] = envs.over
-        cut = truncated & ~terminated
-        if cut.any():
-            rollout.bootstraps[t, cut] = agent.get_value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
         if envs.over.any():
+            cut = truncated & ~terminated
+            rollout.bootstraps[t, cut] = in_numpy(agent.value)(final_obs[cut])[:, 0]
             rollout.finished.append((t, envs.score[envs.over].mean(), envs.length[envs.over].mean()))
-    logprobs, _, values = agent(rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1))  # all at once: much faster
+    device = next(agent.parameters()).device
+    last_obs, *steps = (x.to(device) for x in (torch.from_numpy(envs.obs), rollout.obs, rollout.actions))
+    logprobs, _, values = agent(*(x.flatten(0, 1) for x in steps))  # all at once: much faster than step by step
     rollout.logprobs[:], rollout.values[:] = logprobs.view_as(rollout.logprobs), values.view_as(rollout.values)
-    rollout.next_value[:] = agent.get_value(torch.from_numpy(envs.obs).to(device))
+    rollout.next_value[:] = agent.value(last_obs)
 
 
-def update(agent: BinnedAgent, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+def gradient(agent: nn.Module, mb: Batch, clip_coef: float, args: Args) -> tuple[torch.Tensor, ...]:
+    """Gradient of the loss of one minibatch, clipped, as one vector; what is logged of the losses; log π (batch, D)."""
+    logprob, entropy, value = agent(mb.obs, mb.actions)
+    coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
+    policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, mb.logprobs, mb.advantages, *coefficients)
+    value_loss = (value - mb.returns).square().mean()
+    entropy = entropy.mean()
+    loss = policy_loss + args.vf_coef * value_loss
+    if args.ent_coef:  # otherwise its gradient need not be computed
+        loss = loss - args.ent_coef * entropy
+    grads = torch.autograd.grad(loss, list(agent.parameters()))
+    grad = torch.cat([part.flatten() for part in grads])
+    grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1)
+    return grad, torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy)).detach(), logprob.detach()
+
+
+def update(
+    agent: nn.Module, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator, gradient=gradient
+) -> dict:
     """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
+    (parameters,) = optimizer.param_groups[0]["params"]  # in one vector
     losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
-        shuffled = (field[b_inds].chunk(args.num_minibatches) for field in batch)
-        for mb in map(Batch._make, zip(*shuffled)):
-            advantage = flip_signs(mb.advantages, args.advantage_noise, rng)
-            normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8) if args.norm_adv else advantage
-
-            logprob, entropy, value = agent(mb.obs, mb.actions)
-            coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
-            policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
-                logprob, mb.logprobs, normalized, *coefficients
-            )
-            value_loss = (value - mb.returns).square().mean()
-            entropy_loss = -entropy.mean()
-            loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        shuffled = Batch(*(field[b_inds] for field in batch))
+        advantage = flip_signs(shuffled.advantages, args.advantage_noise, rng)
+        normalized = advantage.view(args.num_minibatches, -1)
+        if args.norm_adv:
+            centred = normalized - normalized.mean(1, keepdim=True)
+            normalized = centred / (normalized.std(1, keepdim=True) + 1e-8)
+        normalized = normalized.flatten()
+        minibatches = (field.chunk(args.num_minibatches) for field in shuffled._replace(advantages=normalized))
+        logprobs = []
+        for mb in map(Batch._make, zip(*minibatches)):
+            parameters.grad, logged, logprob = gradient(agent, mb, clip_coef, args)
             optimizer.step()
-
-            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, -entropy_loss)).detach())
-            samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized)))
+            losses.append(logged)
+            logprobs.append(logprob)
+        samples.append(torch.stack(((torch.cat(logprobs) - shuffled.logprobs).sum(1), advantage, normalized)))
         if args.target_kl is not None:
-            logratio = torch.cat(samples[-args.num_minibatches :], 1)[0]
+            logratio = samples[-1][0]
             if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
                 break
     policy_loss, forward_loss, reverse_loss, value_loss, entropy = torch.stack(losses).mean(0).tolist()
@@ -515,14 +541,14 @@ def evaluate_episodes(
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
-    device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
+    policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
     for episode, seed in enumerate(sequence.generate_state(args.eval_episodes)):
         obs, _ = env.reset(seed=int(seed))
         done = False
         while not done:
             if video and episode == 0:
                 writer.append_data(env.render())
-            action = agent.most_probable(torch.from_numpy(envs.normalize(obs)[np.newaxis]).to(device)).cpu().numpy()
+            action = agent.act(policy(envs.normalize(obs)[np.newaxis]))  # without noise: the most probable one
             obs, reward, terminated, truncated, _ = env.step(to_action(action)[0])
             returns[episode] += reward
             done = terminated or truncated
@@ -551,6 +577,8 @@ def main(args: Args) -> None:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
+    torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
+    compiled_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
 
     run = new_run_folder(args)
     if args.track:
@@ -568,14 +596,13 @@ def main(args: Args) -> None:
         args.seed
     ).spawn(6)
     torch.manual_seed(int(weights_seed.generate_state(1)[0]))
-    generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
-    minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
+    actions_rng, minibatch_rng, noise_rng = map(np.random.default_rng, (actions_seed, minibatch_seed, noise_seed))
 
     envs = Environments(args.env_id, envs_seed.generate_state(args.num_envs), args.gamma)
     to_action = BinnedActions(envs.action_space, args.num_bins)
     agent = BinnedAgent(envs.obs.shape[1], to_action.values.shape).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], len(to_action.values), device)
+    optimizer = torch.optim.Adam([as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], len(to_action.values))
 
     start_time = last_line = time.time()
     recent_returns = deque(maxlen=100)
@@ -586,18 +613,19 @@ def main(args: Args) -> None:
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
         global_step = iteration * batch_size
 
-        collect(envs, to_action, agent, rollout, generator)
+        collect(envs, to_action, agent, rollout, actions_rng)
 
         rewards = add_noise(rollout.rewards, args.reward_noise, noise_rng)
-        values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
-        context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
+        values, bootstrap = rollout.values.numpy(), args.gamma * rollout.bootstraps
+        context = (values, rollout.dones, rollout.next_value.numpy(), args.gamma, args.gae_lambda)
         advantages = gae(rewards + bootstrap, *context)
         clean_advantages = gae(rollout.rewards + bootstrap, *context)
         returns = advantages + values
 
-        tensors = (torch.from_numpy(x).to(device) for x in (advantages, returns))
-        batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
-        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
+        tensors = (torch.from_numpy(x) for x in (advantages, returns))
+        steps = (rollout.obs, rollout.actions, rollout.logprobs, *tensors)
+        batch = Batch(*(x.flatten(0, 1).to(device) for x in steps))
+        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng, compiled_gradient)
 
         stats["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
         weighting = (args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
