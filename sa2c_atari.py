@@ -543,7 +543,7 @@ def load(path: Path) -> dict:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script = state["script"]
+        script, _, _ = state["script"], state["args"], state["step"]
     except Exception:  # zipfile and torch raise all kinds, depending on the byte
         damaged = True
     if damaged:
@@ -753,7 +753,7 @@ if __name__ == "__main__":
         args = read_flags()
         validate(args)
         run = Path(args.resume or args.evaluate or new_run_folder(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError) as error:  # TypeError: a checkpoint whose flags are not those of `Args`
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
     threading.excepthook = lambda _: None  # if TensorBoard's thread fails, the writer's next call raises that again
