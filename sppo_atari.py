@@ -36,16 +36,24 @@ The algorithm, as `main` runs it:
 
     python sppo_atari.py --env-id ALE/Breakout-v5
     python sppo_atari.py --env-id WizardOfWorNoFrameskip-v4 --reward-noise 0.1 --seed 2
+    python sppo_atari.py --resume runs/<run>
 """
 
 import difflib
 import importlib.util
+import io
 import math
+import os
+import random
 import re
+import signal
 import sys
+import threading
 import time
+import traceback
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +131,12 @@ class Args:
     """steps between evaluations; 0: only after the last update (the final score)"""
     eval_episodes: int = 10
     """full games in an evaluation, actions sampled"""
+    checkpoint_interval: int = 100_000
+    """steps between checkpoints to resume from; 0: only when SIGINT or SIGTERM ends the run"""
+    resume: str | None = None
+    """continue the run in this folder, `runs/<run>`, with its flags; a larger --total-timesteps makes it longer"""
+    evaluate: str | None = None
+    """only play --eval-episodes with the model in this folder, `runs/<run>`"""
     capture_video: bool = False
     """save a video of the first game of each evaluation"""
     cuda: bool = True
@@ -145,7 +159,8 @@ def validate(args: Args) -> None:
     rules = [
         ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
         ("gamma gae_lambda reward_noise advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("alpha beta ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("alpha beta ent_coef vf_coef", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("seed eval_interval checkpoint_interval torch_threads", lambda x: x >= 0, "≥ 0"),
         ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
         ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
         ("max_grad_norm target_kl", lambda x: x is None or x > 0, "positive"),
@@ -449,17 +464,18 @@ def update(agent: AtariAgent, optimizer, batch: Batch, clip_coef: float, args: A
             loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
 
-            losses.append(torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, -entropy_loss)).detach())
+            terms = (policy_loss, forward_loss, reverse_loss, value_loss, -entropy_loss, grad_norm)
+            losses.append(torch.stack(terms).detach())
             samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized, mb.valid)))
         if args.target_kl is not None:
             logratio, _, _, valid = torch.cat(samples[-args.num_minibatches :], 1)
             logratio = logratio[valid > 0]
             if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
                 break
-    policy_loss, forward_loss, reverse_loss, value_loss, entropy = torch.stack(losses).mean(0).tolist()
+    policy_loss, forward_loss, reverse_loss, value_loss, entropy, grad_norm = torch.stack(losses).mean(0).tolist()
     samples = torch.cat(samples, 1)
     logratio, advantage, normalized, _ = samples[:, samples[3] > 0]
     return {
@@ -468,6 +484,7 @@ def update(agent: AtariAgent, optimizer, batch: Batch, clip_coef: float, args: A
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
+        "losses/grad_norm": grad_norm,
         "losses/old_approx_kl": -logratio.mean().item(),
         "losses/approx_kl": (logratio.exp() - 1 - logratio).mean().item(),
         "losses/clipfrac": ((logratio.exp() - 1).abs() > clip_coef).float().mean().item(),
@@ -503,6 +520,35 @@ def evaluate_games(agent: AtariAgent, args: Args, sequence: np.random.SeedSequen
     return scores
 
 
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def read_flags() -> Args:
+    """The flags; with --resume or --evaluate those of that run, of which some may be changed. Raises ValueError, with
+    one line to print, if others are."""
+    args = tyro.cli(Args)
+    if args.resume is None and args.evaluate is None:
+        return args
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate do not go together")
+    if args.resume is not None:
+        free = "total_timesteps eval_interval eval_episodes capture_video track checkpoint_interval cuda torch_threads"
+        flags = load(Path(args.resume, "checkpoint.pt"))["args"]
+        if not os.access(args.resume, os.W_OK):
+            raise ValueError(f"the run's folder {args.resume} cannot be written")
+    else:
+        free = "eval_episodes capture_video cuda torch_threads"
+        flags = load(Path(args.evaluate, "model.pt"))["args"] | {"capture_video": False, "track": False}
+    stored = Args(**flags | {"resume": args.resume, "evaluate": args.evaluate})
+    args = tyro.cli(Args, default=stored)
+    for name, value in asdict(args).items():
+        if value != getattr(stored, name) and name not in free.split():
+            raise ValueError(f"--{name.replace('_', '-')} cannot be changed: the run has {getattr(stored, name)}")
+    if args.total_timesteps < stored.total_timesteps:
+        raise ValueError(f"--total-timesteps can only grow: the run has {stored.total_timesteps}")
+    return args
+
+
 def new_run_folder(args: Args) -> Path:
     """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
     Path("runs").mkdir(exist_ok=True)
@@ -515,7 +561,95 @@ def new_run_folder(args: Args) -> Path:
             time.sleep(0.1)
 
 
-def main(args: Args) -> None:
+def save(path: Path, args: Args, **state) -> None:
+    """Writes `state` and what it belongs to. Whatever happens meanwhile, `path` is a whole file: the old or the new."""
+    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
+    torch.save({"script": Path(__file__).stem, "args": asdict(replace(args, resume=None)), **state}, buffer)
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> dict:
+    """What `save` wrote; nothing in the file can run code. Raises ValueError, with one line to print, if it did not."""
+    if not path.exists():
+        raise ValueError(f"there is no {path}")
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script, _, _ = state["script"], state["args"], state["step"]
+    except Exception:  # zipfile and torch raise all kinds, depending on the byte
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path} is damaged, or no file of this script")
+    if script != Path(__file__).stem:
+        raise ValueError(f"{path} belongs to {script}.py")
+    return state
+
+
+def random_state(generators: list) -> list:
+    """The states of Python's random numbers and of these generators, each torch's or NumPy's."""
+    states = [g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for g in generators]
+    return [random.getstate(), *states]
+
+
+def restore_random(states: list, generators: list) -> None:
+    random.setstate(states[0])
+    for generator, state in zip(generators, states[1:]):
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = state
+        elif len(state) == len(generator.get_state()):  # otherwise of another kind of device
+            generator.set_state(state)
+
+
+def catch_signals() -> list[int]:
+    """A list that the first SIGINT or SIGTERM puts its number into; the second ends the process at once."""
+    caught = []
+
+    def handler(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return caught
+
+
+def check_finite(stats: dict[str, float], agent: nn.Module, iteration: int) -> None:
+    """Raises FloatingPointError, naming them, if losses, the gradient's norm or parameters are infinite or NaN."""
+    names = ("policy_loss", "forward_loss", "value_loss", "entropy", "grad_norm")
+    bad = [name for name in names if not math.isfinite(stats[f"losses/{name}"])]
+    finite = torch.stack([parameter.isfinite().all() for parameter in agent.parameters()]).tolist()  # one wait
+    bad = bad or [name for (name, _), is_finite in zip(agent.named_parameters(), finite) if not is_finite]
+    if bad:
+        raise FloatingPointError(f"infinite or NaN in iteration {iteration}: {', '.join(bad)}")
+
+
+def explain(error: Exception, run: Path) -> str:
+    """One line about what ended a run, and what it can be continued from. The traceback goes into the run's folder."""
+    reason = traceback.format_exception_only(error)[0].splitlines()[0]
+    try:
+        (run / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+        reason += f" (see {run}/traceback.txt)"
+    except OSError:  # a full disk
+        pass
+    try:
+        step = load(run / "checkpoint.pt")["step"]
+        reason += f"; the last checkpoint is of step {step}: python {sys.argv[0]} --resume {run}"
+    except ValueError as no_checkpoint:
+        reason += f"; {no_checkpoint}"
+    return f"{Path(__file__).name}: {reason}"
+
+
+def main(args: Args, run: Path | None = None) -> None:
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -523,21 +657,16 @@ def main(args: Args) -> None:
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
 
-    run = new_run_folder(args)
-    if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
-                   sync_tensorboard=True, save_code=True)
-    print(f"{run} on {device}", flush=True)
-    writer = SummaryWriter(run)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    run = run or new_run_folder(args)
+    saved = load(run / ("model.pt" if args.evaluate else "checkpoint.pt")) if args.resume or args.evaluate else {}
+    done, step = saved.get("iteration", 0), saved.get("step", 0)
 
     # Separate streams, so that evaluation and reward noise disturb nothing else.
     weights_seed, games_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = np.random.SeedSequence(
         args.seed
     ).spawn(6)
+    if args.resume:  # of use for what cannot be restored: the first games are not played again
+        games_seed, actions_seed = np.random.SeedSequence([args.seed, done]).spawn(2)
     torch.manual_seed(int(weights_seed.generate_state(1)[0]))
     generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
@@ -547,10 +676,40 @@ def main(args: Args) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, args.num_envs, device)
 
-    start_time = last_line = time.time()
-    recent_scores = deque(maxlen=100)
-    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off: no terminal
-    for iteration in range(1, num_iterations + 1):
+    generators = [generator, minibatch_rng, noise_rng, torch.default_generator, *torch.cuda.default_generators]
+    recent_scores = deque(saved.get("recent_scores", []), maxlen=100)
+
+    if args.evaluate:
+        agent.load_state_dict(saved["agent"])
+        video = run / "videos" / "evaluation.mp4" if args.capture_video else None
+        scores = evaluate_games(agent, args, eval_seed, video)
+        print(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} games)")
+        return
+    if args.resume:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        restore_random(saved["random"], generators)
+        if done >= num_iterations:
+            print(f"{run} is complete, {step} steps; a larger --total-timesteps makes it longer")
+            return
+
+    stop = catch_signals()
+    wandb_id = saved.get("wandb_id")
+    if args.track:
+        import wandb
+
+        wandb_run = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
+                               config=asdict(args), id=wandb_id, resume="allow", sync_tensorboard=True, save_code=True)
+        wandb_id = wandb_run.id
+    print(f"{run} on {device}" + (f", from step {step}" if args.resume else ""), flush=True)
+    writer = SummaryWriter(run, purge_step=step + 1)  # drops what was logged after the checkpoint
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step + 1)
+
+    last_line = time.time()
+    start_time = last_line - saved.get("seconds", 0)
+    progress = tqdm(total=num_iterations * batch_size, initial=step, unit=" steps", unit_scale=True, disable=None)
+    for iteration in range(done + 1, num_iterations + 1):
         remaining = 1 - (iteration - 1) / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
@@ -568,6 +727,7 @@ def main(args: Args) -> None:
         tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
         batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
         stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
+        check_finite(stats, agent, iteration)
 
         valid = rollout.valid
         stats["losses/explained_variance"] = 1 - (returns - values)[valid].var() / (returns[valid].var() + 1e-8)
@@ -594,7 +754,7 @@ def main(args: Args) -> None:
         crossed = args.eval_interval and global_step % args.eval_interval < batch_size
         if crossed or iteration == num_iterations:
             eval_start = time.time()
-            torch.save({"agent": agent.state_dict()}, run / "model.pt")
+            save(run / "model.pt", args, step=global_step, agent=agent.state_dict())
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
             scores = evaluate_games(agent, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
@@ -602,15 +762,42 @@ def main(args: Args) -> None:
             tqdm.write(f"{'final score' if iteration == num_iterations else 'score'} at {global_step} steps: {result}")
             sys.stdout.flush()
             start_time += time.time() - eval_start  # SPS is the speed of training
+
+        crossed = args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
+        if crossed or stop or (args.checkpoint_interval and iteration == num_iterations):
+            writer.flush()  # a checkpoint's curves are on disk before it is
+            save(
+                run / "checkpoint.pt",
+                args,
+                step=global_step,
+                iteration=iteration,
+                agent=agent.state_dict(),
+                optimizer=optimizer.state_dict(),
+                random=random_state(generators),
+                recent_scores=[float(x) for x in recent_scores],
+                seconds=time.time() - start_time,
+                wandb_id=wandb_id,
+            )
+        if stop:
+            break
     progress.close()
     writer.close()
+    if stop and iteration < num_iterations:
+        print(f"stopped at {global_step} steps; to go on: python {sys.argv[0]} --resume {run}")
+        sys.exit(128 + stop[0])
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
     try:
+        args = read_flags()
         validate(args)
-    except ValueError as error:
+        run = Path(args.resume or args.evaluate or new_run_folder(args))
+    except (ValueError, OSError, TypeError) as error:  # TypeError: a checkpoint whose flags are not those of `Args`
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    main(args)
+    threading.excepthook = lambda _: None  # if TensorBoard's thread fails, the writer's next call raises that again
+    try:
+        main(args, run)
+    except Exception as error:
+        tqdm.write(explain(error, run), file=sys.stderr)
+        sys.exit(1)

@@ -38,19 +38,26 @@ The algorithm, as `main` runs it:
 
     python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
     python sppo_continuous.py --env-id CartPole-v1 --total-timesteps 200000
+    python sppo_continuous.py --resume runs/<run>
 """
 
 import difflib
 import importlib.util
+import io
 import math
 import os
+import random
 import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,6 +131,12 @@ class Args:
     """steps between evaluations; 0: only after the last update (the final score)"""
     eval_episodes: int = 10
     """episodes in an evaluation, with the most probable actions"""
+    checkpoint_interval: int = 100_000
+    """steps between checkpoints to resume from; 0: only when SIGINT or SIGTERM ends the run"""
+    resume: str | None = None
+    """continue the run in this folder, `runs/<run>`, with its flags; a larger --total-timesteps makes it longer"""
+    evaluate: str | None = None
+    """only play --eval-episodes with the model in this folder, `runs/<run>`"""
     capture_video: bool = False
     """save a video of the first episode of each evaluation"""
     cuda: bool = True
@@ -149,8 +162,8 @@ def validate(args: Args) -> None:
         ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
         ("num_bins", lambda x: x >= 2, "at least 2"),
         ("gamma gae_lambda advantage_noise", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("alpha beta ent_coef vf_coef seed eval_interval torch_threads", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
-        ("reward_noise", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("alpha beta ent_coef vf_coef reward_noise", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("seed eval_interval checkpoint_interval torch_threads", lambda x: x >= 0, "≥ 0"),
         ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
         ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
         ("max_grad_norm target_kl", lambda x: x is None or x > 0, "positive"),
@@ -224,6 +237,51 @@ class RunningMeanStd:
     def std(self) -> np.ndarray:
         return np.sqrt(self.sum_of_squares / max(self.count, 1) + 1e-8)
 
+    def state(self) -> dict:
+        """All of it, for a checkpoint."""
+        arrays = {"mean": self.mean, "sum_of_squares": self.sum_of_squares, "std": self.std}
+        return {"count": self.count} | {name: torch.tensor(array) for name, array in arrays.items()}
+
+    def restore(self, state: dict) -> None:
+        self.count, self.mean = state["count"], state["mean"].numpy()
+        self.sum_of_squares = state["sum_of_squares"].numpy()
+
+
+def episode_state(env: gym.Env) -> dict | None:
+    """Where `env` stands in its episode, to the bit, for gymnasium's own MuJoCo and classic control environments. None
+    for the others: Box2D cannot tell, and what else an environment of a third party remembers is not known here."""
+    inner = env.unwrapped
+    kind = type(inner).__module__.split(".")[:3]
+    state = {"steps": getattr(env, "_elapsed_steps", None), "random": inner.np_random.bit_generator.state}
+    if env.spec.additional_wrappers:
+        return None
+    if kind == ["gymnasium", "envs", "classic_control"]:
+        return state | {"state": torch.tensor(np.array(inner.state))}
+    if kind == ["gymnasium", "envs", "mujoco"]:
+        import mujoco  # not earlier: it reads MUJOCO_GL
+
+        integration = np.empty(mujoco.mj_stateSize(inner.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(inner.model, inner.data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
+        # Ant, Humanoid and Reacher-v4 compute rewards from positions that MuJoCo derived one substep earlier.
+        derived = {name: torch.tensor(getattr(inner.data, name)) for name in ("xpos", "xipos")}
+        return state | {"integration": torch.from_numpy(integration), "derived": derived}
+    return None
+
+
+def restore_episode(env: gym.Env, state: dict) -> None:
+    """Puts `env`, which has been reset, where `episode_state` found it."""
+    inner = env.unwrapped
+    env._elapsed_steps, inner.np_random.bit_generator.state = state["steps"], state["random"]
+    if "state" in state:
+        inner.state = state["state"].numpy()
+    else:
+        import mujoco
+
+        integration = state["integration"].numpy()
+        mujoco.mj_setState(inner.model, inner.data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
+        for name, array in state["derived"].items():
+            getattr(inner.data, name)[:] = array.numpy()
+
 
 class BinnedActions:
     """The policy's choices, a bin in each of D dimensions, as actions of the environment.
@@ -289,6 +347,28 @@ class Environments:
         self.length += 1
         self.over = terminated | truncated
         return reward, terminated, truncated, final_obs
+
+    def state(self) -> dict:
+        """For a checkpoint: the statistics, and episodes in flight where they can be saved."""
+        names = ("obs", "over", "score", "length", "discounted_return")
+        return {
+            "obs_stats": self.obs_stats.state(),
+            "return_stats": self.return_stats.state(),
+            "episodes": [episode_state(env) for env in self.envs],
+            "arrays": {name: torch.tensor(getattr(self, name)) for name in names},
+        }
+
+    def restore(self, state: dict) -> None:
+        """Goes on where `state` was taken; where an episode could not be saved a new one begins."""
+        self.obs_stats.restore(state["obs_stats"])
+        self.return_stats.restore(state["return_stats"])
+        for i, (env, episode) in enumerate(zip(self.envs, state["episodes"])):
+            if episode is None:
+                self.obs[i] = self.observe(env.reset()[0])
+            else:
+                restore_episode(env, episode)
+                for name, array in state["arrays"].items():
+                    getattr(self, name)[i] = array[i].numpy()
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -486,8 +566,9 @@ def gradient(agent: nn.Module, mb: Batch, clip_coef: float, args: Args) -> tuple
         loss = loss - args.ent_coef * entropy
     grads = torch.autograd.grad(loss, list(agent.parameters()))
     grad = torch.cat([part.flatten() for part in grads])
-    grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1)
-    return grad, torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy)).detach(), logprob.detach()
+    norm = grad.norm()
+    logged = torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy, norm)).detach()
+    return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), logged, logprob.detach()
 
 
 def update(
@@ -517,7 +598,7 @@ def update(
             logratio = samples[-1][0]
             if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
                 break
-    policy_loss, forward_loss, reverse_loss, value_loss, entropy = torch.stack(losses).mean(0).tolist()
+    policy_loss, forward_loss, reverse_loss, value_loss, entropy, grad_norm = torch.stack(losses).mean(0).tolist()
     logratio, advantage, normalized = torch.cat(samples, 1)
     return {
         "losses/policy_loss": policy_loss,
@@ -525,6 +606,7 @@ def update(
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
+        "losses/grad_norm": grad_norm,
         "losses/old_approx_kl": -logratio.mean().item(),
         "losses/approx_kl": (logratio.exp() - 1 - logratio).mean().item(),
         "losses/clipfrac": ((logratio.exp() - 1).abs() > clip_coef).float().mean().item(),
@@ -558,6 +640,35 @@ def evaluate_episodes(
     return returns
 
 
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def read_flags() -> Args:
+    """The flags; with --resume or --evaluate those of that run, of which some may be changed. Raises ValueError, with
+    one line to print, if others are."""
+    args = tyro.cli(Args)
+    if args.resume is None and args.evaluate is None:
+        return args
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--resume and --evaluate do not go together")
+    if args.resume is not None:
+        free = "total_timesteps eval_interval eval_episodes capture_video track checkpoint_interval cuda torch_threads"
+        flags = load(Path(args.resume, "checkpoint.pt"))["args"]
+        if not os.access(args.resume, os.W_OK):
+            raise ValueError(f"the run's folder {args.resume} cannot be written")
+    else:
+        free = "eval_episodes capture_video cuda torch_threads"
+        flags = load(Path(args.evaluate, "model.pt"))["args"] | {"capture_video": False, "track": False}
+    stored = Args(**flags | {"resume": args.resume, "evaluate": args.evaluate})
+    args = tyro.cli(Args, default=stored)
+    for name, value in asdict(args).items():
+        if value != getattr(stored, name) and name not in free.split():
+            raise ValueError(f"--{name.replace('_', '-')} cannot be changed: the run has {getattr(stored, name)}")
+    if args.total_timesteps < stored.total_timesteps:
+        raise ValueError(f"--total-timesteps can only grow: the run has {stored.total_timesteps}")
+    return args
+
+
 def new_run_folder(args: Args) -> Path:
     """Makes `runs/<env>__<script>__<seed>__<time>`; a run that starts in the same second waits for the next."""
     Path("runs").mkdir(exist_ok=True)
@@ -570,7 +681,95 @@ def new_run_folder(args: Args) -> Path:
             time.sleep(0.1)
 
 
-def main(args: Args) -> None:
+def save(path: Path, args: Args, **state) -> None:
+    """Writes `state` and what it belongs to. Whatever happens meanwhile, `path` is a whole file: the old or the new."""
+    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
+    torch.save({"script": Path(__file__).stem, "args": asdict(replace(args, resume=None)), **state}, buffer)
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> dict:
+    """What `save` wrote; nothing in the file can run code. Raises ValueError, with one line to print, if it did not."""
+    if not path.exists():
+        raise ValueError(f"there is no {path}")
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        script, _, _ = state["script"], state["args"], state["step"]
+    except Exception:  # zipfile and torch raise all kinds, depending on the byte
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path} is damaged, or no file of this script")
+    if script != Path(__file__).stem:
+        raise ValueError(f"{path} belongs to {script}.py")
+    return state
+
+
+def random_state(generators: list) -> list:
+    """The states of Python's random numbers and of these generators, each torch's or NumPy's."""
+    states = [g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for g in generators]
+    return [random.getstate(), *states]
+
+
+def restore_random(states: list, generators: list) -> None:
+    random.setstate(states[0])
+    for generator, state in zip(generators, states[1:]):
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = state
+        elif len(state) == len(generator.get_state()):  # otherwise of another kind of device
+            generator.set_state(state)
+
+
+def catch_signals() -> list[int]:
+    """A list that the first SIGINT or SIGTERM puts its number into; the second ends the process at once."""
+    caught = []
+
+    def handler(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return caught
+
+
+def check_finite(stats: dict[str, float], agent: nn.Module, iteration: int) -> None:
+    """Raises FloatingPointError, naming them, if losses, the gradient's norm or parameters are infinite or NaN."""
+    names = ("policy_loss", "forward_loss", "value_loss", "entropy", "grad_norm")
+    bad = [name for name in names if not math.isfinite(stats[f"losses/{name}"])]
+    finite = torch.stack([parameter.isfinite().all() for parameter in agent.parameters()]).tolist()  # one wait
+    bad = bad or [name for (name, _), is_finite in zip(agent.named_parameters(), finite) if not is_finite]
+    if bad:
+        raise FloatingPointError(f"infinite or NaN in iteration {iteration}: {', '.join(bad)}")
+
+
+def explain(error: Exception, run: Path) -> str:
+    """One line about what ended a run, and what it can be continued from. The traceback goes into the run's folder."""
+    reason = traceback.format_exception_only(error)[0].splitlines()[0]
+    try:
+        (run / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+        reason += f" (see {run}/traceback.txt)"
+    except OSError:  # a full disk
+        pass
+    try:
+        step = load(run / "checkpoint.pt")["step"]
+        reason += f"; the last checkpoint is of step {step}: python {sys.argv[0]} --resume {run}"
+    except ValueError as no_checkpoint:
+        reason += f"; {no_checkpoint}"
+    return f"{Path(__file__).name}: {reason}"
+
+
+def main(args: Args, run: Path | None = None) -> None:
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -580,21 +779,16 @@ def main(args: Args) -> None:
     torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
     compiled_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
 
-    run = new_run_folder(args)
-    if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, config=asdict(args),
-                   sync_tensorboard=True, save_code=True)
-    print(f"{run} on {device}", flush=True)
-    writer = SummaryWriter(run)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    run = run or new_run_folder(args)
+    saved = load(run / ("model.pt" if args.evaluate else "checkpoint.pt")) if args.resume or args.evaluate else {}
+    done, step = saved.get("iteration", 0), saved.get("step", 0)
 
     # Separate streams, so that evaluation and reward noise disturb nothing else.
     weights_seed, envs_seed, actions_seed, minibatch_seed, noise_seed, eval_seed = np.random.SeedSequence(
         args.seed
     ).spawn(6)
+    if args.resume:  # of use for what cannot be restored: the first episodes are not played again
+        envs_seed, actions_seed = np.random.SeedSequence([args.seed, done]).spawn(2)
     torch.manual_seed(int(weights_seed.generate_state(1)[0]))
     actions_rng, minibatch_rng, noise_rng = map(np.random.default_rng, (actions_seed, minibatch_seed, noise_seed))
 
@@ -603,11 +797,42 @@ def main(args: Args) -> None:
     agent = BinnedAgent(envs.obs.shape[1], to_action.values.shape).to(device)
     optimizer = torch.optim.Adam([as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, args.num_envs, envs.obs.shape[1], len(to_action.values))
+    generators = [actions_rng, minibatch_rng, noise_rng, torch.default_generator, *torch.cuda.default_generators]
+    recent_returns = deque(saved.get("recent_returns", []), maxlen=100)
 
-    start_time = last_line = time.time()
-    recent_returns = deque(maxlen=100)
-    progress = tqdm(total=num_iterations * batch_size, unit=" steps", unit_scale=True, disable=None)  # off: no terminal
-    for iteration in range(1, num_iterations + 1):
+    if args.evaluate:
+        agent.load_state_dict(saved["agent"])
+        envs.obs_stats.restore(saved["obs_stats"])
+        video = run / "videos" / "evaluation.mp4" if args.capture_video else None
+        returns = evaluate_episodes(agent, envs, to_action, args, eval_seed, video)
+        print(f"score at {step} steps: {returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)")
+        return
+    if args.resume:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        envs.restore(saved["envs"])
+        restore_random(saved["random"], generators)
+        if done >= num_iterations:
+            print(f"{run} is complete, {step} steps; a larger --total-timesteps makes it longer")
+            return
+
+    stop = catch_signals()
+    wandb_id = saved.get("wandb_id")
+    if args.track:
+        import wandb
+
+        wandb_run = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name,
+                               config=asdict(args), id=wandb_id, resume="allow", sync_tensorboard=True, save_code=True)
+        wandb_id = wandb_run.id
+    print(f"{run} on {device}" + (f", from step {step}" if args.resume else ""), flush=True)
+    writer = SummaryWriter(run, purge_step=step + 1)  # drops what was logged after the checkpoint
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step + 1)
+
+    last_line = time.time()
+    start_time = last_line - saved.get("seconds", 0)
+    progress = tqdm(total=num_iterations * batch_size, initial=step, unit=" steps", unit_scale=True, disable=None)
+    for iteration in range(done + 1, num_iterations + 1):
         remaining = 1 - (iteration - 1) / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
@@ -626,6 +851,7 @@ def main(args: Args) -> None:
         steps = (rollout.obs, rollout.actions, rollout.logprobs, *tensors)
         batch = Batch(*(x.flatten(0, 1).to(device) for x in steps))
         stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng, compiled_gradient)
+        check_finite(stats, agent, iteration)
 
         stats["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
         weighting = (args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
@@ -651,8 +877,8 @@ def main(args: Args) -> None:
         crossed = args.eval_interval and global_step % args.eval_interval < batch_size
         if crossed or iteration == num_iterations:
             eval_start = time.time()
-            obs_stats = {"mean": torch.from_numpy(envs.obs_stats.mean), "std": torch.from_numpy(envs.obs_stats.std)}
-            torch.save({"agent": agent.state_dict(), "obs_stats": obs_stats}, run / "model.pt")
+            model = {"step": global_step, "agent": agent.state_dict(), "obs_stats": envs.obs_stats.state()}
+            save(run / "model.pt", args, **model)
             video = run / "videos" / f"{global_step}.mp4" if args.capture_video else None
             returns = evaluate_episodes(agent, envs, to_action, args, eval_seed, video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
@@ -660,15 +886,43 @@ def main(args: Args) -> None:
             tqdm.write(f"{'final score' if iteration == num_iterations else 'score'} at {global_step} steps: {result}")
             sys.stdout.flush()
             start_time += time.time() - eval_start  # SPS is the speed of training
+
+        crossed = args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
+        if crossed or stop or (args.checkpoint_interval and iteration == num_iterations):
+            writer.flush()  # a checkpoint's curves are on disk before it is
+            save(
+                run / "checkpoint.pt",
+                args,
+                step=global_step,
+                iteration=iteration,
+                agent=agent.state_dict(),
+                optimizer=optimizer.state_dict(),
+                envs=envs.state(),
+                random=random_state(generators),
+                recent_returns=[float(x) for x in recent_returns],
+                seconds=time.time() - start_time,
+                wandb_id=wandb_id,
+            )
+        if stop:
+            break
     progress.close()
     writer.close()
+    if stop and iteration < num_iterations:
+        print(f"stopped at {global_step} steps; to go on: python {sys.argv[0]} --resume {run}")
+        sys.exit(128 + stop[0])
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
     try:
+        args = read_flags()
         validate(args)
-    except ValueError as error:
+        run = Path(args.resume or args.evaluate or new_run_folder(args))
+    except (ValueError, OSError, TypeError) as error:  # TypeError: a checkpoint whose flags are not those of `Args`
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    main(args)
+    threading.excepthook = lambda _: None  # if TensorBoard's thread fails, the writer's next call raises that again
+    try:
+        main(args, run)
+    except Exception as error:
+        tqdm.write(explain(error, run), file=sys.stderr)
+        sys.exit(1)
