@@ -29,7 +29,7 @@ default continuous actions are Gaussian.
 The algorithm, as `main` runs it:
 
     for each iteration
-        act in num_envs environments for num_steps steps          collect
+        act in num_envs environments for num_steps steps          collect_games, collect_episodes
         add noise to the rewards (only if asked for)              flip_rewards, add_noise
         advantages A by GAE, returns = A + values                 gae
         for each epoch, for each minibatch                        update
@@ -47,6 +47,7 @@ import io
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -55,6 +56,7 @@ import traceback
 import warnings
 import zipfile
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -143,8 +145,12 @@ class Args:
     """use a GPU if there is one"""
     torch_deterministic: bool = True
     """ask cuDNN for reproducible results"""
+    bf16: bool = False
+    """Atari: compute convolutions and the hidden layer in bfloat16: faster where the CPU or GPU has it, less exact"""
+    compile: bool = False
+    """compile the loss and its gradient: faster after half a minute, other rounding; needs a C++ compiler"""
     torch_threads: int | None = None
-    """CPU threads of torch; 0: torch's own choice (Atari 0, else 1: more only slow down small networks)"""
+    """CPU threads of torch; 0: one per core, at most 8 (Atari 0, else 1: more only slow down small networks)"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "symmetric-rl"
@@ -202,6 +208,13 @@ def validate(args: Args) -> None:
         raise ValueError("--norm-adv needs minibatches of at least 2 steps")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    if args.bf16 and not atari:
+        raise ValueError("--bf16 is for Atari: networks as small as these gain nothing")
+    cuda = args.cuda and torch.cuda.is_available()
+    if args.bf16 and not (torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()):
+        raise ValueError(f"--bf16 would be slower: this {'GPU' if cuda else 'CPU'} does not compute in bfloat16")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
@@ -366,11 +379,11 @@ class BinnedActions:
             self.values = space.start + np.arange(space.n)[np.newaxis]
         else:
             self.values = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
-        self.space_shape = space.shape
+        self.dimensions, self.space_shape = np.arange(len(self.values)), space.shape
 
     def __call__(self, bins: np.ndarray) -> np.ndarray:
         """(num_envs, D) → (num_envs, *space.shape)"""
-        return self.values[np.arange(len(self.values)), bins].reshape(len(bins), *self.space_shape)
+        return self.values[self.dimensions, bins].reshape(len(bins), *self.space_shape)
 
 
 class Environments:
@@ -387,7 +400,8 @@ class Environments:
         self.obs_stats, self.return_stats = RunningMeanStd(self.envs[0].observation_space.shape), RunningMeanStd()
         self.obs = np.stack([self.observe(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds)])
         self.over = np.zeros(len(seeds), dtype=bool)
-        self.score, self.length, self.discounted_return = np.zeros((3, len(seeds)))
+        self.totals = np.zeros((3, len(seeds)))
+        self.score, self.length, self.discounted_return = self.totals
 
     def normalize(self, obs: np.ndarray) -> np.ndarray:
         """An observation with the statistics so far, clipped to ±10."""
@@ -401,8 +415,7 @@ class Environments:
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Normalised reward; terminated; truncated (by a time limit); final_obs: last observation of an episode that is
         over, normalised, rubbish elsewhere."""
-        for total in (self.score, self.length, self.discounted_return):  # after a truncation, too
-            total[self.over] = 0
+        self.totals[:, self.over] = 0  # after a truncation, too
         reward, terminated, truncated = np.zeros(len(self.envs)), np.zeros_like(self.over), np.zeros_like(self.over)
         final_obs = np.empty_like(self.obs)
         for i, env in enumerate(self.envs):
@@ -454,8 +467,9 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 class AtariAgent(nn.Module):
     """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 4, 84, 84) uint8."""
 
-    def __init__(self, num_actions: int):
+    def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
+        self.bf16 = bf16  # for convolutions and the hidden layer
         self.features = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(),
@@ -473,8 +487,10 @@ class AtariAgent(nn.Module):
 
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
-        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last) / 255
-        features = self.features(pixels)
+        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last).div_(255)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.features(pixels)
+        features = features.to(pixels.dtype)
         return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
 
     def act(self, obs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -502,6 +518,20 @@ def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
     )
 
 
+def in_numpy(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
+    """An `mlp` as a function of arrays (num_envs, obs_dim): for the few rows of a step several times as fast as torch,
+    whose calls cost more than the arithmetic."""
+    W1, b1, W2, b2, W3, b3 = (parameter.detach().cpu().numpy().T for parameter in network.parameters())
+    return lambda obs: np.tanh(np.tanh(obs @ W1 + b1) @ W2 + b2) @ W3 + b3
+
+
+def as_vector(network: nn.Module) -> nn.Parameter:
+    """All parameters in one vector, of which they become parts: Adam's work is then one call, not one per tensor."""
+    vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
+    nn.utils.vector_to_parameters(vector.data, network.parameters())
+    return vector
+
+
 class BinnedAgent(nn.Module):
     """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is independent categorical
     distributions, one per action dimension, over the bins; `bins` is (D, num_bins)."""
@@ -510,17 +540,15 @@ class BinnedAgent(nn.Module):
         super().__init__()
         self.policy = mlp(obs_dim, math.prod(bins), std=0.01).append(nn.Unflatten(1, bins))
         self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
+        self.bins = bins
 
-    def act(self, obs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Samples actions (batch, D)."""
-        return sample(self.policy(obs), generator)
+    def noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """Gumbel noise: the largest of logits + noise is a sample of softmax(logits)."""
+        return rng.gumbel(size=(*shape, *self.bins))
 
-    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.value(obs)
-
-    def most_probable(self, obs: torch.Tensor) -> torch.Tensor:
-        """The most probable actions (batch, D)."""
-        return self.policy(obs).argmax(-1)
+    def act(self, logits: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+        """Actions (num_envs, D) from `in_numpy(agent.policy)(obs)`; without noise the most probable ones."""
+        return (logits.reshape(-1, *self.bins) + noise).argmax(-1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of these actions, by dimension (batch, D), entropies (batch,), values (batch,)."""
@@ -544,17 +572,13 @@ class GaussianAgent(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_dims))
         self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
 
-    def act(self, obs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Samples actions (batch, D), not clipped."""
-        mean = self.policy(obs)
-        return mean + self.log_std.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+    def noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """Gaussian noise with the policy's standard deviation."""
+        return rng.standard_normal((*shape, len(self.log_std)), np.float32) * self.log_std.exp().numpy(force=True)
 
-    def most_probable(self, obs: torch.Tensor) -> torch.Tensor:
-        """The most probable actions (batch, D), not clipped."""
-        return self.policy(obs)
-
-    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.value(obs)
+    def act(self, mean: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+        """Actions (num_envs, D), not clipped, from `in_numpy(agent.policy)(obs)`; without noise the most probable."""
+        return mean + noise
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities of these actions, by dimension (batch, D), entropies (batch,), values (batch,)."""
@@ -595,21 +619,19 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
     step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
     """
-    advantages = np.zeros_like(values)
-    advantage = np.zeros_like(next_value)
-    for t in reversed(range(len(rewards))):
-        following_value = next_value if t == len(rewards) - 1 else values[t + 1]
-        delta = rewards[t] + gamma * following_value * ~dones[t] - values[t]
-        advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
-        advantages[t] = advantage
+    following_values = np.concatenate((values[1:], next_value[np.newaxis]))
+    advantages = rewards + gamma * following_values * ~dones - values  # δ_t, to which the loop adds γλ A_{t+1}
+    decay = np.where(dones, 0, gamma * gae_lambda).astype(values.dtype)
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
 def normalize(advantage: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
-    count = valid.sum()
-    centred = advantage - (advantage * valid).sum() / count.clamp(min=1)
-    std = ((centred.square() * valid).sum() / (count - 1).clamp(min=1)).sqrt()
+    """Advantages (…, samples) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
+    count = valid.sum(-1, keepdim=True)
+    centred = advantage - (advantage * valid).sum(-1, keepdim=True) / count.clamp(min=1)
+    std = ((centred.square() * valid).sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return centred / (std + 1e-8)
 
 
@@ -643,7 +665,7 @@ class Batch(NamedTuple):
     logprobs: torch.Tensor  # (batch, D), log π_old
     advantages: torch.Tensor
     returns: torch.Tensor
-    valid: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner
+    weight: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner; in a minibatch the mean is 1
 
 
 class Rollout:
@@ -664,66 +686,99 @@ class Rollout:
 
 
 @torch.inference_mode()
-def collect(envs, to_action, agent: nn.Module, rollout: Rollout, generator: torch.Generator) -> None:
-    """Plays the policy and overwrites `rollout` with what happened. `envs`: `Games` or `Environments`."""
-    device, atari = generator.device, isinstance(envs, Games)
+def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.Generator) -> None:
+    """Plays the policy and overwrites `rollout` with what happened."""
+    device = generator.device
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
     for t in range(len(rollout.obs)):
-        rollout.obs[t] = torch.from_numpy(envs.obs)
-        if atari:
-            rollout.actions[t], rollout.logprobs[t], rollout.values[t] = agent.act(rollout.obs[t], generator)
-        else:
-            rollout.actions[t] = agent.act(rollout.obs[t], generator)
-        reward, terminated, truncated, final_obs = envs.step(to_action(rollout.actions[t].cpu().numpy()))
-        rollout.rewards[t] = np.sign(reward) if atari else reward
+        rollout.obs[t] = torch.from_numpy(games.obs)
+        rollout.actions[t], rollout.logprobs[t], rollout.values[t] = agent.act(rollout.obs[t], generator)
+        reward, terminated, truncated, final_obs = games.step(rollout.actions[t].cpu().numpy())
+        rollout.rewards[t] = np.sign(reward)
         rollout.dones[t] = terminated | truncated
-        if atari:
-            rollout.valid[t] = envs.valid
+        rollout.valid[t] = games.valid
         cut = truncated & ~terminated
         if cut.any():
             rollout.bootstraps[t, cut] = agent.get_value(torch.from_numpy(final_obs[cut]).to(device)).cpu()
+        if games.over.any():
+            rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
+    rollout.next_value[:] = agent.get_value(torch.from_numpy(games.obs).to(device))
+
+
+@torch.inference_mode()
+def collect_episodes(
+    envs: Environments, to_action, agent: nn.Module, rollout: Rollout, rng: np.random.Generator
+) -> None:
+    """Plays the policy and overwrites `rollout` with what happened."""
+    policy, noise = in_numpy(agent.policy), agent.noise(rollout.dones.shape, rng)
+    obs, actions = rollout.obs.numpy(), rollout.actions.numpy()  # the same memory
+    rollout.finished.clear()
+    rollout.bootstraps[:] = 0
+    for t in range(len(obs)):
+        obs[t] = envs.obs
+        actions[t] = agent.act(policy(envs.obs), noise[t])
+        rollout.rewards[t], terminated, truncated, final_obs = envs.step(to_action(actions[t]))
+        rollout.dones[t] = envs.over
         if envs.over.any():
+            cut = truncated & ~terminated
+            rollout.bootstraps[t, cut] = in_numpy(agent.value)(final_obs[cut])[:, 0]
             rollout.finished.append((t, envs.score[envs.over].mean(), envs.length[envs.over].mean()))
-    if not atari:
-        logprobs, _, values = agent(rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1))  # at once: faster
-        rollout.logprobs[:], rollout.values[:] = logprobs.view_as(rollout.logprobs), values.view_as(rollout.values)
-    rollout.next_value[:] = agent.get_value(torch.from_numpy(envs.obs).to(device))
+    device = next(agent.parameters()).device
+    last_obs, *steps = (x.to(device) for x in (torch.from_numpy(envs.obs), rollout.obs, rollout.actions))
+    logprobs, _, values = agent(*(x.flatten(0, 1) for x in steps))  # all at once: much faster than step by step
+    rollout.logprobs[:], rollout.values[:] = logprobs.view_as(rollout.logprobs), values.view_as(rollout.values)
+    rollout.next_value[:] = agent.value(last_obs)
 
 
-def update(agent: nn.Module, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+def gradient(agent: nn.Module, mb: Batch, clip_coef: float, args: Args) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """Gradient of the loss of one minibatch, clipped, by parameter; what is logged of the losses; log π (batch, D)."""
+    logprob, entropy, value = agent(mb.obs, mb.actions)
+    forward_loss = ppo_loss(logprob, mb.logprobs, mb.advantages, clip_coef)
+    policy_loss = args.pg_coef * forward_loss
+    value_loss = (mb.weight * (value - mb.returns).square()).mean()
+    entropy = (mb.weight * entropy).mean()
+    loss = policy_loss + args.vf_coef * value_loss
+    if args.ent_coef:  # otherwise its gradient need not be computed
+        loss = loss - args.ent_coef * entropy
+    grads = torch.autograd.grad(loss, list(agent.parameters()))
+    if not isinstance(agent, AtariAgent):
+        grads = [torch.cat([part.flatten() for part in grads])]  # `as_vector`
+    norm = nn.utils.get_total_norm(grads)
+    logged = torch.stack((policy_loss, forward_loss, value_loss, entropy, norm)).detach()
+    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    return [grad * scale for grad in grads], logged, logprob.detach()
+
+
+def update(
+    agent: nn.Module, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator, gradient=gradient
+) -> dict:
     """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
     losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
+    # A number would be part of what is compiled, which would be compiled anew whenever it changes.
+    clip = torch.tensor(clip_coef, dtype=torch.float64, device=batch.obs.device) if args.compile else clip_coef
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
-        for mb_inds in b_inds.chunk(args.num_minibatches):
-            mb = Batch(*(field[mb_inds] for field in batch))
-            advantage = flip_signs(mb.advantages, args.advantage_noise, rng)
-            normalized = normalize(advantage, mb.valid) if args.norm_adv else advantage
-            weight = mb.valid / mb.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
-
-            logprob, entropy, value = agent(mb.obs, mb.actions)
-            forward_loss = ppo_loss(logprob, mb.logprobs, weight * normalized, clip_coef)
-            policy_loss = args.pg_coef * forward_loss
-            value_loss = (weight * (value - mb.returns).square()).mean()
-            entropy_loss = -(weight * entropy).mean()
-            loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        shuffled = Batch(*(field[b_inds] for field in batch))
+        advantage = flip_signs(shuffled.advantages, args.advantage_noise, rng)
+        valid = shuffled.weight.view(args.num_minibatches, -1)
+        normalized = normalize(advantage.view_as(valid), valid).flatten() if args.norm_adv else advantage
+        weight = (valid / valid.mean(1, keepdim=True).clamp(min=1e-8)).flatten()  # a mean is then over valid samples
+        weighted = shuffled._replace(advantages=weight * normalized, weight=weight)
+        logprobs = []
+        for mb in map(Batch._make, zip(*(field.chunk(args.num_minibatches) for field in weighted))):
+            grads, logged, logprob = gradient(agent, mb, clip, args)
+            for parameter, grad in zip(optimizer.param_groups[0]["params"], grads):
+                parameter.grad = grad
             optimizer.step()
-
-            terms = (policy_loss, forward_loss, value_loss, -entropy_loss, grad_norm)
-            losses.append(torch.stack(terms).detach())
-            samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized, mb.valid)))
-        if args.target_kl is not None:
-            logratio, _, _, valid = torch.cat(samples[-args.num_minibatches :], 1)
-            logratio = logratio[valid > 0]
-            if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
-                break
+            losses.append(logged)
+            logprobs.append(logprob)
+        logratio = (torch.cat(logprobs) - shuffled.logprobs).sum(1)
+        samples.append(torch.stack((logratio, advantage, normalized))[:, shuffled.weight > 0])
+        if args.target_kl is not None and (logratio.exp() - 1 - logratio)[shuffled.weight > 0].mean() > args.target_kl:
+            break
     policy_loss, forward_loss, value_loss, entropy, grad_norm = torch.stack(losses).mean(0).tolist()
-    samples = torch.cat(samples, 1)
-    logratio, advantage, normalized, _ = samples[:, samples[3] > 0]
+    logratio, advantage, normalized = torch.cat(samples, 1)
     return {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
@@ -774,14 +829,14 @@ def evaluate_episodes(
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
-    device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
+    policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
     for episode, seed in enumerate(sequence.generate_state(args.eval_episodes)):
         obs, _ = env.reset(seed=int(seed))
         done = False
         while not done:
             if video and episode == 0:
                 writer.append_data(env.render())
-            action = agent.most_probable(torch.from_numpy(envs.normalize(obs)[np.newaxis]).to(device)).cpu().numpy()
+            action = agent.act(policy(envs.normalize(obs)[np.newaxis]))  # without noise: the most probable one
             obs, reward, terminated, truncated, _ = env.step(to_action(action)[0])
             returns[episode] += reward
             done = terminated or truncated
@@ -926,8 +981,9 @@ def main(args: Args, run: Path | None = None) -> None:
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
+    torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
+    compiled_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
 
     run = run or new_run_folder(args)
     saved = load(run / ("model.pt" if args.evaluate else "checkpoint.pt")) if args.resume or args.evaluate else {}
@@ -940,14 +996,15 @@ def main(args: Args, run: Path | None = None) -> None:
     if args.resume:  # of use for what cannot be restored: the first episodes are not played again
         envs_seed, actions_seed = np.random.SeedSequence([args.seed, done]).spawn(2)
     torch.manual_seed(int(weights_seed.generate_state(1)[0]))
-    generator = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
 
     if atari:
+        actions_rng = torch.Generator(device).manual_seed(int(actions_seed.generate_state(1)[0]))
         envs = Games(args.env_id, game_seeds(envs_seed, args.num_envs), args.repeat_action_probability)
-        agent = AtariAgent(envs.num_actions).to(device)
-        to_action, action = np.asarray, torch.zeros(args.num_envs, dtype=torch.long)
+        agent = AtariAgent(envs.num_actions, args.bf16).to(device)
+        rollout_obs, action = torch.from_numpy(envs.obs).to(device), torch.zeros(args.num_envs, dtype=torch.long)
     else:
+        actions_rng = np.random.default_rng(actions_seed)
         envs = Environments(args.env_id, envs_seed.generate_state(args.num_envs), args.gamma)
         if args.policy == "gaussian" and isinstance(envs.action_space, gym.spaces.Box):
             to_action = ClippedActions(envs.action_space)
@@ -957,10 +1014,12 @@ def main(args: Args, run: Path | None = None) -> None:
             to_action = BinnedActions(envs.action_space, args.num_bins)
             agent = BinnedAgent(envs.obs.shape[1], to_action.values.shape).to(device)
             action = torch.zeros(args.num_envs, len(to_action.values), dtype=torch.long)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    rollout = Rollout(args.num_steps, torch.from_numpy(envs.obs).to(device), action)
+        rollout_obs = torch.from_numpy(envs.obs)
+    parameters = agent.parameters() if atari else [as_vector(agent)]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args.num_steps, rollout_obs, action)
 
-    generators = [generator, minibatch_rng, noise_rng, torch.default_generator, *torch.cuda.default_generators]
+    generators = [actions_rng, minibatch_rng, noise_rng, torch.default_generator, *torch.cuda.default_generators]
     recent_returns = deque(saved.get("recent_returns", []), maxlen=100)
 
     if args.evaluate:
@@ -1009,7 +1068,10 @@ def main(args: Args, run: Path | None = None) -> None:
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
         global_step = iteration * batch_size
 
-        collect(envs, to_action, agent, rollout, generator)
+        if atari:
+            collect_games(envs, agent, rollout, actions_rng)
+        else:
+            collect_episodes(envs, to_action, agent, rollout, actions_rng)
 
         noisy = flip_rewards if atari else add_noise
         rewards = noisy(rollout.rewards, args.reward_noise, noise_rng)
@@ -1019,9 +1081,10 @@ def main(args: Args, run: Path | None = None) -> None:
         clean_advantages = gae(rollout.rewards + bootstrap, *context)
         returns = advantages + values
 
-        tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
-        batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
-        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
+        tensors = (torch.from_numpy(x).to(rollout.values.dtype) for x in (advantages, returns, rollout.valid))
+        steps = (rollout.obs, rollout.actions, rollout.logprobs, *tensors)
+        batch = Batch(*(x.flatten(0, 1).to(device) for x in steps))
+        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng, compiled_gradient)
         check_finite(stats, agent, iteration)
 
         valid = rollout.valid

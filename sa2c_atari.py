@@ -46,6 +46,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -133,8 +134,12 @@ class Args:
     """use a GPU if there is one"""
     torch_deterministic: bool = True
     """ask cuDNN for reproducible results"""
+    bf16: bool = False
+    """compute convolutions and the hidden layer in bfloat16: faster where the CPU or GPU has it, less exact"""
+    compile: bool = False
+    """compile the loss and its gradient: faster after half a minute, other rounding; needs a C++ compiler"""
     torch_threads: int = 0
-    """CPU threads of torch; 0: torch's own choice"""
+    """CPU threads of torch; 0: one per core, at most 8"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "symmetric-rl"
@@ -164,6 +169,11 @@ def validate(args: Args) -> None:
         raise ValueError("a batch needs at least 2 steps: --num-envs or --num-steps above 1")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    cuda = args.cuda and torch.cuda.is_available()
+    if args.bf16 and not (torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()):
+        raise ValueError(f"--bf16 would be slower: this {'GPU' if cuda else 'CPU'} does not compute in bfloat16")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
@@ -248,8 +258,9 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 class AtariAgent(nn.Module):
     """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 4, 84, 84) uint8."""
 
-    def __init__(self, num_actions: int):
+    def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
+        self.bf16 = bf16  # for convolutions and the hidden layer
         self.features = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(),
@@ -267,8 +278,10 @@ class AtariAgent(nn.Module):
 
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
-        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last) / 255
-        features = self.features(pixels)
+        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last).div_(255)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.features(pixels)
+        features = features.to(pixels.dtype)
         return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
 
     def act(self, obs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -327,10 +340,10 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
 
 
 def normalize(advantage: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
-    count = valid.sum()
-    centred = advantage - (advantage * valid).sum() / count.clamp(min=1)
-    std = ((centred.square() * valid).sum() / (count - 1).clamp(min=1)).sqrt()
+    """Advantages (…, samples) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
+    count = valid.sum(-1, keepdim=True)
+    centred = advantage - (advantage * valid).sum(-1, keepdim=True) / count.clamp(min=1)
+    std = ((centred.square() * valid).sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return centred / (std + 1e-8)
 
 
@@ -379,7 +392,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
-    valid: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner
+    weight: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner; for `gradient` the mean is 1
 
 
 class Rollout:
@@ -419,36 +432,48 @@ def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.
     rollout.next_value[:] = agent.get_value(torch.from_numpy(games.obs).to(device))
 
 
-def update(agent: AtariAgent, optimizer, batch: Batch, args: Args, rng: np.random.Generator) -> dict:
-    """One gradient step on the loss. Returns what is logged, by tag."""
-    advantage = flip_signs(batch.advantages, args.advantage_noise, rng)
-    normalized = normalize(advantage, batch.valid) if args.norm_adv else advantage
-    weight = batch.valid / batch.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
-
+def gradient(agent: AtariAgent, batch: Batch, args: Args) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """Gradient of the loss, clipped, by parameter; what is logged of the losses; log π (batch,)."""
     logprob, entropy, value = agent(batch.obs, batch.actions)
     logprob = logprob.squeeze(1)
-    policy_loss, forward_loss, reverse_loss = symmetric_a2c_loss(
-        logprob, weight * normalized, args.alpha, args.beta, args.Z
-    )
-    value_loss = (weight * (value - batch.returns).square()).mean()
-    entropy_loss = -(weight * entropy).mean()
-    loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
-    optimizer.zero_grad()
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    optimizer.step()
+    coefficients = (args.alpha, args.beta, args.Z)
+    policy_loss, forward_loss, reverse_loss = symmetric_a2c_loss(logprob, batch.advantages, *coefficients)
+    value_loss = (batch.weight * (value - batch.returns).square()).mean()
+    entropy = (batch.weight * entropy).mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    grads = torch.autograd.grad(loss, list(agent.parameters()))
+    norm = nn.utils.get_total_norm(grads)
+    logged = torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy, norm)).detach()
+    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    return [grad * scale for grad in grads], logged, logprob.detach()
 
-    stats = {
+
+def update(
+    agent: AtariAgent, optimizer, batch: Batch, args: Args, rng: np.random.Generator, gradient=gradient
+) -> dict:
+    """One gradient step on the loss. Returns what is logged, by tag."""
+    advantage = flip_signs(batch.advantages, args.advantage_noise, rng)
+    normalized = normalize(advantage, batch.weight) if args.norm_adv else advantage
+    weight = batch.weight / batch.weight.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
+    grads, losses, logprob = gradient(agent, batch._replace(advantages=weight * normalized, weight=weight), args)
+    for parameter, grad in zip(agent.parameters(), grads):
+        parameter.grad = grad
+    optimizer.step()
+    mean_weight = (weight * (args.alpha + args.beta * abs(args.Z) * logprob.exp())).mean()
+    sign_flips = (weight * (normalized.sign() != advantage.sign())).mean()
+    policy_loss, forward_loss, reverse_loss, value_loss, entropy, grad_norm, mean_weight, sign_flips = torch.cat(
+        (losses, torch.stack((mean_weight, sign_flips)))
+    ).tolist()  # one wait for the GPU
+    return {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
-        "losses/entropy": -entropy_loss,
+        "losses/entropy": entropy,
         "losses/grad_norm": grad_norm,
-        "losses/mean_weight": (weight * (args.alpha + args.beta * abs(args.Z) * logprob.exp())).mean(),
-        "advantage/sign_flips_normalization": (weight * (normalized.sign() != advantage.sign())).mean(),
+        "losses/mean_weight": mean_weight,
+        "advantage/sign_flips_normalization": sign_flips,
     }
-    return dict(zip(stats, torch.stack(list(stats.values())).tolist()))  # one wait for the GPU
 
 
 @torch.inference_mode()
@@ -613,8 +638,9 @@ def main(args: Args, run: Path | None = None) -> None:
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
+    torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
+    compiled_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
 
     run = run or new_run_folder(args)
     saved = load(run / ("model.pt" if args.evaluate else "checkpoint.pt")) if args.resume or args.evaluate else {}
@@ -631,7 +657,7 @@ def main(args: Args, run: Path | None = None) -> None:
     noise_rng = np.random.default_rng(noise_seed)
 
     games = Games(args.env_id, game_seeds(games_seed, args.num_envs), args.repeat_action_probability)
-    agent = AtariAgent(games.num_actions).to(device)
+    agent = AtariAgent(games.num_actions, args.bf16).to(device)
     optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate)
     rollout = Rollout(args.num_steps, args.num_envs, device)
 
@@ -685,7 +711,7 @@ def main(args: Args, run: Path | None = None) -> None:
 
         tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
         batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, *tensors)))
-        stats = update(agent, optimizer, batch, args, noise_rng)
+        stats = update(agent, optimizer, batch, args, noise_rng, compiled_gradient)
         check_finite(stats, agent, iteration)
 
         valid = rollout.valid

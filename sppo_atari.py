@@ -46,6 +46,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -143,8 +144,12 @@ class Args:
     """use a GPU if there is one"""
     torch_deterministic: bool = True
     """ask cuDNN for reproducible results"""
+    bf16: bool = False
+    """compute convolutions and the hidden layer in bfloat16: faster where the CPU or GPU has it, less exact"""
+    compile: bool = False
+    """compile the loss and its gradient: faster after half a minute, other rounding; needs a C++ compiler"""
     torch_threads: int = 0
-    """CPU threads of torch; 0: torch's own choice"""
+    """CPU threads of torch; 0: one per core, at most 8"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "symmetric-rl"
@@ -178,6 +183,11 @@ def validate(args: Args) -> None:
         raise ValueError("--norm-adv needs minibatches of at least 2 steps")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
+    cuda = args.cuda and torch.cuda.is_available()
+    if args.bf16 and not (torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()):
+        raise ValueError(f"--bf16 would be slower: this {'GPU' if cuda else 'CPU'} does not compute in bfloat16")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
 
@@ -262,8 +272,9 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 class AtariAgent(nn.Module):
     """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 4, 84, 84) uint8."""
 
-    def __init__(self, num_actions: int):
+    def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
+        self.bf16 = bf16  # for convolutions and the hidden layer
         self.features = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(),
@@ -281,8 +292,10 @@ class AtariAgent(nn.Module):
 
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
-        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last) / 255
-        features = self.features(pixels)
+        pixels = obs.to(self.value.weight.dtype, memory_format=torch.channels_last).div_(255)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.features(pixels)
+        features = features.to(pixels.dtype)
         return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
 
     def act(self, obs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -370,10 +383,10 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
 
 
 def normalize(advantage: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
-    count = valid.sum()
-    centred = advantage - (advantage * valid).sum() / count.clamp(min=1)
-    std = ((centred.square() * valid).sum() / (count - 1).clamp(min=1)).sqrt()
+    """Advantages (…, samples) with mean 0 and standard deviation 1 over the samples where `valid` is 1."""
+    count = valid.sum(-1, keepdim=True)
+    centred = advantage - (advantage * valid).sum(-1, keepdim=True) / count.clamp(min=1)
+    std = ((centred.square() * valid).sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return centred / (std + 1e-8)
 
 
@@ -402,7 +415,7 @@ class Batch(NamedTuple):
     logprobs: torch.Tensor  # (batch, 1), log π_old
     advantages: torch.Tensor
     returns: torch.Tensor
-    valid: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner
+    weight: torch.Tensor  # 1, or 0 where FIRE was pressed for the learner; in a minibatch the mean is 1
 
 
 class Rollout:
@@ -443,41 +456,50 @@ def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.
     rollout.next_value[:] = agent.get_value(torch.from_numpy(games.obs).to(device))
 
 
-def update(agent: AtariAgent, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator) -> dict:
+def gradient(agent: AtariAgent, mb: Batch, clip_coef: float, args: Args) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """Gradient of the loss of one minibatch, clipped, by parameter; what is logged of the losses; log π (batch, 1)."""
+    logprob, entropy, value = agent(mb.obs, mb.actions)
+    coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
+    policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, mb.logprobs, mb.advantages, *coefficients)
+    value_loss = (mb.weight * (value - mb.returns).square()).mean()
+    entropy = (mb.weight * entropy).mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    grads = torch.autograd.grad(loss, list(agent.parameters()))
+    norm = nn.utils.get_total_norm(grads)
+    logged = torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy, norm)).detach()
+    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    return [grad * scale for grad in grads], logged, logprob.detach()
+
+
+def update(
+    agent: nn.Module, optimizer, batch: Batch, clip_coef: float, args: Args, rng: np.random.Generator, gradient=gradient
+) -> dict:
     """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
     losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
+    # A number would be part of what is compiled, which would be compiled anew whenever it changes.
+    clip = torch.tensor(clip_coef, dtype=torch.float64, device=batch.obs.device) if args.compile else clip_coef
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
-        for mb_inds in b_inds.chunk(args.num_minibatches):
-            mb = Batch(*(field[mb_inds] for field in batch))
-            advantage = flip_signs(mb.advantages, args.advantage_noise, rng)
-            normalized = normalize(advantage, mb.valid) if args.norm_adv else advantage
-            weight = mb.valid / mb.valid.mean().clamp(min=1e-8)  # so that .mean() is over the valid samples alone
-
-            logprob, entropy, value = agent(mb.obs, mb.actions)
-            coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
-            policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(
-                logprob, mb.logprobs, weight * normalized, *coefficients
-            )
-            value_loss = (weight * (value - mb.returns).square()).mean()
-            entropy_loss = -(weight * entropy).mean()
-            loss = policy_loss + args.ent_coef * entropy_loss + args.vf_coef * value_loss
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        shuffled = Batch(*(field[b_inds] for field in batch))
+        advantage = flip_signs(shuffled.advantages, args.advantage_noise, rng)
+        valid = shuffled.weight.view(args.num_minibatches, -1)
+        normalized = normalize(advantage.view_as(valid), valid).flatten() if args.norm_adv else advantage
+        weight = (valid / valid.mean(1, keepdim=True).clamp(min=1e-8)).flatten()  # a mean is then over valid samples
+        weighted = shuffled._replace(advantages=weight * normalized, weight=weight)
+        logprobs = []
+        for mb in map(Batch._make, zip(*(field.chunk(args.num_minibatches) for field in weighted))):
+            grads, logged, logprob = gradient(agent, mb, clip, args)
+            for parameter, grad in zip(optimizer.param_groups[0]["params"], grads):
+                parameter.grad = grad
             optimizer.step()
-
-            terms = (policy_loss, forward_loss, reverse_loss, value_loss, -entropy_loss, grad_norm)
-            losses.append(torch.stack(terms).detach())
-            samples.append(torch.stack(((logprob.detach() - mb.logprobs).sum(1), advantage, normalized, mb.valid)))
-        if args.target_kl is not None:
-            logratio, _, _, valid = torch.cat(samples[-args.num_minibatches :], 1)
-            logratio = logratio[valid > 0]
-            if (logratio.exp() - 1 - logratio).mean() > args.target_kl:
-                break
+            losses.append(logged)
+            logprobs.append(logprob)
+        logratio = (torch.cat(logprobs) - shuffled.logprobs).sum(1)
+        samples.append(torch.stack((logratio, advantage, normalized))[:, shuffled.weight > 0])
+        if args.target_kl is not None and (logratio.exp() - 1 - logratio)[shuffled.weight > 0].mean() > args.target_kl:
+            break
     policy_loss, forward_loss, reverse_loss, value_loss, entropy, grad_norm = torch.stack(losses).mean(0).tolist()
-    samples = torch.cat(samples, 1)
-    logratio, advantage, normalized, _ = samples[:, samples[3] > 0]
+    logratio, advantage, normalized = torch.cat(samples, 1)
     return {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
@@ -654,8 +676,9 @@ def main(args: Args, run: Path | None = None) -> None:
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
+    torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
+    compiled_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
 
     run = run or new_run_folder(args)
     saved = load(run / ("model.pt" if args.evaluate else "checkpoint.pt")) if args.resume or args.evaluate else {}
@@ -672,7 +695,7 @@ def main(args: Args, run: Path | None = None) -> None:
     minibatch_rng, noise_rng = np.random.default_rng(minibatch_seed), np.random.default_rng(noise_seed)
 
     games = Games(args.env_id, game_seeds(games_seed, args.num_envs), args.repeat_action_probability)
-    agent = AtariAgent(games.num_actions).to(device)
+    agent = AtariAgent(games.num_actions, args.bf16).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, args.num_envs, device)
 
@@ -726,13 +749,13 @@ def main(args: Args, run: Path | None = None) -> None:
 
         tensors = (torch.from_numpy(x).to(device, rollout.values.dtype) for x in (advantages, returns, rollout.valid))
         batch = Batch(*(x.flatten(0, 1) for x in (rollout.obs, rollout.actions, rollout.logprobs, *tensors)))
-        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng)
+        stats = update(agent, optimizer, batch, clip_coef, args, minibatch_rng, compiled_gradient)
         check_finite(stats, agent, iteration)
 
         valid = rollout.valid
         stats["losses/explained_variance"] = 1 - (returns - values)[valid].var() / (returns[valid].var() + 1e-8)
         weighting = (args.alpha, args.beta, args.Z, args.importance_weighted_reverse)
-        stats["losses/mean_weight"] = mean_weight(batch.logprobs[batch.valid > 0], *weighting)
+        stats["losses/mean_weight"] = mean_weight(batch.logprobs[batch.weight > 0], *weighting)
         stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages))[valid].mean()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         stats["charts/SPS"] = global_step / (time.time() - start_time)

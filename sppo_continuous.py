@@ -146,7 +146,7 @@ class Args:
     compile: bool = False
     """compile the loss and its gradient: faster after half a minute, other rounding; needs a C++ compiler"""
     torch_threads: int = 1
-    """CPU threads of torch; more only slow down networks as small as these; 0: torch's own choice"""
+    """CPU threads of torch; more only slow down networks as small as these; 0: one per core, at most 8"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "symmetric-rl"
@@ -577,6 +577,8 @@ def update(
     """Gradient steps on the loss of one batch. Returns the means over all of them of what is logged, by tag."""
     (parameters,) = optimizer.param_groups[0]["params"]  # in one vector
     losses, samples = [], []  # read only at the end: .item() in the loop would wait for the GPU
+    # A number would be part of what is compiled, which would be compiled anew whenever it changes.
+    clip = torch.tensor(clip_coef, dtype=torch.float64, device=batch.obs.device) if args.compile else clip_coef
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
         shuffled = Batch(*(field[b_inds] for field in batch))
@@ -589,7 +591,7 @@ def update(
         minibatches = (field.chunk(args.num_minibatches) for field in shuffled._replace(advantages=normalized))
         logprobs = []
         for mb in map(Batch._make, zip(*minibatches)):
-            parameters.grad, logged, logprob = gradient(agent, mb, clip_coef, args)
+            parameters.grad, logged, logprob = gradient(agent, mb, clip, args)
             optimizer.step()
             losses.append(logged)
             logprobs.append(logprob)
@@ -774,8 +776,7 @@ def main(args: Args, run: Path | None = None) -> None:
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
     torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
     compiled_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
 
