@@ -372,13 +372,11 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
     step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward.
     """
-    advantages = np.zeros_like(values)
-    advantage = np.zeros_like(next_value)
-    for t in reversed(range(len(rewards))):
-        following_value = next_value if t == len(rewards) - 1 else values[t + 1]
-        delta = rewards[t] + gamma * following_value * ~dones[t] - values[t]
-        advantage = delta + gamma * gae_lambda * advantage * ~dones[t]
-        advantages[t] = advantage
+    following_values = np.concatenate((values[1:], next_value[np.newaxis]))
+    advantages = rewards + gamma * following_values * ~dones - values  # δ_t, to which the loop adds γλ A_{t+1}
+    decay = np.where(dones, 0, gamma * gae_lambda).astype(values.dtype)
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 

@@ -59,7 +59,7 @@ class Trainer:
         self.script = sppo_atari if self.atari else sppo_continuous
         self.args = self.script.Args(env_id=env_id, seed=seed)
         self.script.validate(self.args)
-        self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        self.rng, self.actions_rng = np.random.default_rng(seed).spawn(2)
         model = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
         device, sequence = torch.device("cpu"), np.random.SeedSequence(seed)
         num_steps, num_envs = self.args.num_steps, self.args.num_envs
@@ -67,6 +67,7 @@ class Trainer:
             self.envs = (sppo_atari.Games(env_id, sppo_atari.game_seeds(sequence, num_envs), 0.0),)
             self.agent = sppo_atari.AtariAgent(self.envs[0].num_actions)
             self.rollout = sppo_atari.Rollout(num_steps, num_envs, device)
+            self.actions_rng, parameters = torch.Generator().manual_seed(seed), self.agent.parameters()
         else:
             envs = sppo_continuous.Environments(env_id, sequence.generate_state(num_envs), self.args.gamma)
             if model:  # the statistics that the policy was trained with, as if of a million observations
@@ -78,14 +79,15 @@ class Trainer:
             self.envs = envs, to_action
             self.agent = sppo_continuous.BinnedAgent(envs.obs.shape[1], to_action.values.shape)
             sizes = num_steps, num_envs, envs.obs.shape[1], len(to_action.values)
-            self.rollout = sppo_continuous.Rollout(*sizes, device)
+            self.rollout = sppo_continuous.Rollout(*sizes)
+            parameters = [sppo_continuous.as_vector(self.agent)]
         if model:
             self.agent.load_state_dict(model["agent"])
-        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=self.args.learning_rate, eps=1e-5)
+        self.optimizer = torch.optim.Adam(parameters, lr=self.args.learning_rate, eps=1e-5)
 
     def play(self):
         rollout, args = self.rollout, self.args
-        self.script.collect(*self.envs, self.agent, rollout, self.generator)
+        self.script.collect(*self.envs, self.agent, rollout, self.actions_rng)
         rewards, values = rollout.rewards + args.gamma * rollout.bootstraps, rollout.values.numpy()
         context = values, rollout.dones, rollout.next_value.numpy(), args.gamma, args.gae_lambda
         advantages = self.script.gae(rewards, *context)
@@ -120,7 +122,7 @@ def main(args: Args) -> None:
         trainer.update(batch)
 
     # One minibatch in float64; on Atari without the steps where FIRE was pressed for the learner.
-    usable = np.flatnonzero(batch.valid.numpy()) if trainer.atari else np.arange(len(batch.obs))
+    usable = np.flatnonzero(batch.weight.numpy()) if trainer.atari else np.arange(len(batch.obs))
     chosen = torch.from_numpy(trainer.rng.choice(usable, 256, replace=False))
     mb = type(batch)(*(x[chosen].double() if x.is_floating_point() else x[chosen] for x in batch))
     agent = trainer.agent.double()

@@ -28,19 +28,19 @@ TABLE = ROOT / "benchmark/results/matched_control.csv"
 def learn(script, args):
     """Runs a script's algorithm on one environment; yields the parameters and the actions of each iteration."""
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    rng, actions_rng = np.random.default_rng(args.seed).spawn(2)
     envs = script.Environments(args.env_id, np.array([args.seed]), args.gamma)
     to_action = script.BinnedActions(envs.action_space, args.num_bins)
     agent = script.BinnedAgent(envs.obs.shape[1], to_action.values.shape)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([script.as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     if script is ppo_baseline:
         action = torch.zeros(1, len(to_action.values), dtype=torch.long)
         rollout = script.Rollout(args.num_steps, torch.from_numpy(envs.obs), action)
     else:
-        rollout = script.Rollout(args.num_steps, 1, envs.obs.shape[1], len(to_action.values), torch.device("cpu"))
+        rollout = script.Rollout(args.num_steps, 1, envs.obs.shape[1], len(to_action.values))
+    collect = ppo_baseline.collect_episodes if script is ppo_baseline else sppo_continuous.collect
     for _ in range(ITERATIONS):
-        script.collect(envs, to_action, agent, rollout, generator)
+        collect(envs, to_action, agent, rollout, actions_rng)
         values = rollout.values.numpy()
         rewards = rollout.rewards + args.gamma * rollout.bootstraps
         advantages = script.gae(

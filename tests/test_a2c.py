@@ -155,7 +155,7 @@ def test_what_an_update_logs(agent, norm_adv):
         logprobs, value = (x.double().numpy() for x in agent.get_logprobs_and_value(batch.obs))
     stats = update(agent, RMSpropTF(agent.parameters(), lr=7e-4), batch, args, np.random.default_rng(0))
 
-    keep = batch.valid.bool().numpy()
+    keep = batch.weight.bool().numpy()
     logprob = logprobs[np.arange(len(keep)), batch.actions][keep]
     advantage = batch.advantages.double().numpy()[keep]
     normalized = (advantage - advantage.mean()) / advantage.std(ddof=1) if norm_adv else advantage
@@ -176,7 +176,7 @@ def test_an_update_is_one_step_down_the_loss(agent):
     """The whole batch, the three losses with their weights, the gradient's norm cut: the parameters move by it."""
     args, batch = Args(), some_batch()
     logprob, entropy, value = agent(batch.obs, batch.actions)
-    keep = batch.valid.bool()
+    keep = batch.weight.bool()
     policy_loss, _, _ = symmetric_a2c_loss(logprob[keep, 0], batch.advantages[keep], args.alpha, args.beta, args.Z)
     value_loss = (value - batch.returns)[keep].square().mean()
     loss = policy_loss - 0.01 * entropy[keep].mean() + 0.25 * value_loss

@@ -149,7 +149,7 @@ def test_what_stands_in_a_fire_row_changes_no_update(story, agent):
     obs, actions, valid = (torch.from_numpy(x[-128:]).flatten(0, 1) for x in (played.obs, played.actions, played.valid))
     logprobs, advantages, returns = torch.randn(3, len(valid), generator=torch.Generator().manual_seed(0)) / 4
     clean = Batch(obs, actions, logprobs.unsqueeze(1) - 1.4, advantages, returns, valid.float())
-    garbage = Batch(255 - obs, 3 - actions, clean.logprobs - 2, advantages + 1e4, returns - 1e4, clean.valid)
+    garbage = Batch(255 - obs, 3 - actions, clean.logprobs - 2, advantages + 1e4, returns - 1e4, clean.weight)
 
     def train(corrupted_rows):
         fields = zip(clean, garbage)
@@ -233,7 +233,7 @@ def test_main_hands_over_what_collect_and_gae_say(tmp_path, monkeypatch):
         advantages = textbook.gae(rollout.rewards, values, *context)
         np.testing.assert_allclose(batch.advantages.view(160, 2), advantages, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(batch.returns.view(160, 2), advantages + values, rtol=1e-3, atol=1e-5)
-        np.testing.assert_array_equal(batch.valid.view(160, 2), rollout.valid)
+        np.testing.assert_array_equal(batch.weight.view(160, 2), rollout.valid)
         for name in ("obs", "actions", "logprobs"):
             assert torch.equal(getattr(batch, name), getattr(rollout, name).flatten(0, 1))
     assert not set(seeds[0]) & set(seeds[1])  # training and evaluation share no game

@@ -176,10 +176,9 @@ def cartpole():
 def collected(cartpole):
     """Two rollouts into the same arrays, so that the second one begins within an episode and must clear the first."""
     envs, to_action, agent = cartpole
-    rollout, actions = Rollout(300, len(SEEDS), 4, 1, torch.device("cpu")), []
-    generator = torch.Generator().manual_seed(0)
+    rollout, actions, rng = Rollout(300, len(SEEDS), 4, 1), [], np.random.default_rng(0)
     for _ in range(2):
-        collect(envs, to_action, agent, rollout, generator)
+        collect(envs, to_action, agent, rollout, rng)
         actions.append(rollout.actions.numpy()[..., 0].copy())
     stream = replay("test/CartPole-v0", np.concatenate(actions))
     return rollout, agent, Stream(stream.obs[300:], *(array[300:] for array in stream[1:])), stream
@@ -203,7 +202,7 @@ def test_only_truncations_bootstrap(collected):
     for t, i in np.ndindex(cut.shape):
         seen = acted_on[: (300 + t + 1) * len(SEEDS) + i]
         last = torch.from_numpy(normalize(second.final_obs[t, i], seen)[np.newaxis]).float()
-        expected = agent.get_value(last).item() if cut[t, i] else 0
+        expected = agent.value(last).item() if cut[t, i] else 0
         assert rollout.bootstraps[t, i] == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert (rollout.bootstraps[cut] != 0).all() and (rollout.bootstraps[~cut] == 0).all()
 
@@ -214,7 +213,7 @@ def test_what_is_stored_is_what_the_agent_says(collected, cartpole):
     logprobs, _, values = agent(rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1))
     torch.testing.assert_close(rollout.logprobs.flatten(0, 1), logprobs)
     torch.testing.assert_close(rollout.values.flatten(), values)
-    torch.testing.assert_close(rollout.next_value, agent.get_value(torch.from_numpy(envs.obs)))
+    torch.testing.assert_close(rollout.next_value, agent.value(torch.from_numpy(envs.obs)))
     over = second.terminated | second.truncated
     assert [t for t, _, _ in rollout.finished] == np.flatnonzero(over.any(1)).tolist()
     assert all(score == length for _, score, length in rollout.finished)  # CartPole pays 1 per step

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, Normal
 
-from ppo_baseline import AtariAgent, BinnedActions, BinnedAgent, ClippedActions, GaussianAgent, sample
+from ppo_baseline import AtariAgent, BinnedActions, BinnedAgent, ClippedActions, GaussianAgent, in_numpy, sample
 
 OBS_DIM, DIMENSIONS, BINS = 5, 3, 7
 
@@ -54,7 +54,7 @@ def test_gaussian_judges_as_torch_does(gaussian, obs):
     logprob, entropy, value = gaussian(obs, action)
     torch.testing.assert_close(logprob, normal.log_prob(action))
     torch.testing.assert_close(entropy, normal.entropy().sum(1))
-    torch.testing.assert_close(value, gaussian.get_value(obs))
+    torch.testing.assert_close(value, gaussian.value(obs))
     assert logprob.shape == (64, DIMENSIONS) and entropy.shape == value.shape == (64,)
 
 
@@ -73,14 +73,16 @@ def test_gaussian_gradient_in_float64(gaussian, obs):
 
 def test_gaussian_samples(gaussian, obs):
     """Kolmogorov-Smirnov on the standardised draws, each dimension by itself; and the same draws for the same seed."""
-    many = obs[:1].expand(50_000, OBS_DIM)
-    draws = gaussian.act(many, torch.Generator().manual_seed(0))
-    assert torch.equal(draws, gaussian.act(many, torch.Generator().manual_seed(0)))
+    mean = in_numpy(gaussian.policy)(obs[:1].numpy())
+    np.testing.assert_allclose(mean, gaussian.policy(obs[:1]), rtol=1e-5, atol=1e-5)
+    noise = gaussian.noise((500, 100), np.random.default_rng(0)).reshape(-1, DIMENSIONS)
+    np.testing.assert_array_equal(noise, gaussian.noise((50_000,), np.random.default_rng(0)))
+    draws = torch.from_numpy(gaussian.act(mean, noise))
     standard = ((draws - gaussian.policy(obs[:1])) / gaussian.log_std.exp()).double().sort(0)
-    steps = torch.linspace(0, 1, len(many), dtype=torch.float64).unsqueeze(1)
-    assert (torch.special.ndtr(standard.values) - steps).abs().max() < 1.95 / np.sqrt(len(many))  # p = 0.001
+    steps = torch.linspace(0, 1, len(draws), dtype=torch.float64).unsqueeze(1)
+    assert (torch.special.ndtr(standard.values) - steps).abs().max() < 1.95 / np.sqrt(len(draws))  # p = 0.001
     np.testing.assert_allclose(np.corrcoef(draws.T), np.eye(DIMENSIONS), atol=0.02)
-    torch.testing.assert_close(gaussian.most_probable(obs), gaussian.policy(obs))
+    np.testing.assert_array_equal(gaussian.act(mean), mean)  # the most probable
 
 
 def test_gaussian_starts_with_standard_deviation_1():
@@ -115,17 +117,18 @@ def test_binned_judges_as_torch_does(binned, obs):
     logprob, entropy, value = binned(obs, action)
     torch.testing.assert_close(logprob, categorical.log_prob(action))
     torch.testing.assert_close(entropy, categorical.entropy().sum(1))
-    torch.testing.assert_close(value, binned.get_value(obs))
-    torch.testing.assert_close(binned.most_probable(obs), categorical.probs.argmax(2))
+    torch.testing.assert_close(value, binned.value(obs))
+    np.testing.assert_array_equal(binned.act(in_numpy(binned.policy)(obs.numpy())), categorical.probs.argmax(2))
     assert logprob.shape == (64, DIMENSIONS) and entropy.shape == value.shape == (64,)
     assert entropy.min() < 0.9 * DIMENSIONS * np.log(BINS)
 
 
 def test_binned_samples(binned, obs):
     """All combinations of bins as often as the product of their probabilities says; the same for the same seed."""
-    many = obs[:1].expand(100_000, OBS_DIM)
-    draws = binned.act(many, torch.Generator().manual_seed(0))
-    assert torch.equal(draws, binned.act(many, torch.Generator().manual_seed(0)))
+    logits = in_numpy(binned.policy)(obs[:1].numpy())
+    noise = binned.noise((1000, 100), np.random.default_rng(0)).reshape(-1, DIMENSIONS, BINS)
+    np.testing.assert_array_equal(noise, binned.noise((100_000,), np.random.default_rng(0)))
+    draws = binned.act(logits, noise)
     first, second, third = binned.policy(obs[:1])[0].double().softmax(1).numpy()
     combinations = draws[:, 0] * BINS**2 + draws[:, 1] * BINS + draws[:, 2]
     assert_frequencies(combinations, np.kron(first, np.kron(second, third)))

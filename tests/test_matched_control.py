@@ -106,8 +106,11 @@ def first_update(tmp_path_factory):
         def update(*arguments):
             raise FirstUpdate(rollouts[-1], *arguments)
 
-        def collect(envs, to_action, agent, rollout, generator, original=script.collect):
-            original(envs, to_action, agent, rollout, generator)
+        name = "collect_episodes" if script is ppo_baseline else "collect"
+        original = getattr(script, name)
+
+        def collect(envs, to_action, agent, rollout, rng):
+            original(envs, to_action, agent, rollout, rng)
             rollouts.append(rollout)
 
         rollouts, args = [], script.Args(env_id="Hopper-v5", cuda=False, **settings)
@@ -116,7 +119,7 @@ def first_update(tmp_path_factory):
         script.validate(args)
         with patches.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("run"))
-            patch.setattr(script, "collect", collect)
+            patch.setattr(script, name, collect)
             patch.setattr(script, "update", update)
             with pytest.raises(FirstUpdate) as reached:
                 script.main(args)
@@ -127,8 +130,9 @@ def first_update(tmp_path_factory):
 
 def trajectory(script, first, dtype, update_epochs=10):
     """All parameters after each minibatch of the first iteration (minibatches, parameters)."""
-    agent, optimizer, batch, clip_coef, args, rng = copy.deepcopy(first.arguments)
-    agent.to(dtype)
+    agent, optimizer, batch, clip_coef, args, rng, gradient = copy.deepcopy(first.arguments)
+    parameters = script.as_vector(agent.to(dtype))
+    optimizer = torch.optim.Adam([parameters], **{key: optimizer.defaults[key] for key in ("lr", "eps", "fused")})
     batch = type(batch)(*(field.to(dtype) if field.is_floating_point() else field for field in batch))
     args.update_epochs, visited, step = update_epochs, [], optimizer.step
 
@@ -137,7 +141,7 @@ def trajectory(script, first, dtype, update_epochs=10):
         visited.append(torch.nn.utils.parameters_to_vector(agent.parameters()).detach().double())
 
     optimizer.step = watched_step
-    script.update(agent, optimizer, batch, clip_coef, args, rng)
+    script.update(agent, optimizer, batch, clip_coef, args, rng, gradient)
     assert len(visited) == update_epochs * 32
     return torch.stack(visited)
 
