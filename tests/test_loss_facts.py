@@ -260,9 +260,9 @@ class Learner:
             logprobs = agent(obs, actions)[0]
         advantages, returns = torch.tensor(rng.normal(size=(2, 64)))
         fields = dict(obs=obs, actions=actions, logprobs=logprobs, advantages=advantages, returns=returns)
-        if "valid" in script.Batch._fields:
-            fields["valid"] = torch.ones(64, dtype=torch.float64)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=0.01, eps=adam_eps)
+        if "weight" in script.Batch._fields:
+            fields["weight"] = torch.ones(64, dtype=torch.float64)
+        optimizer = torch.optim.Adam([script.as_vector(agent)], lr=0.01, eps=adam_eps)
         args = script.Args(update_epochs=2, num_minibatches=4, **settings)
         script.update(agent, optimizer, script.Batch(**fields), 0.2, args, np.random.default_rng(1))
         self.policy, self.value = (
