@@ -155,6 +155,7 @@ def test_what_an_update_logs(agent, norm_adv):
         logprobs, value = (x.double().numpy() for x in agent.get_logprobs_and_value(batch.obs))
     stats = update(agent, RMSpropTF(agent.parameters(), lr=7e-4), batch, args, np.random.default_rng(0))
 
+    assert stats.pop("losses/grad_norm") > 0
     keep = batch.weight.bool().numpy()
     logprob = logprobs[np.arange(len(keep)), batch.actions][keep]
     advantage = batch.advantages.double().numpy()[keep]
@@ -184,7 +185,8 @@ def test_an_update_is_one_step_down_the_loss(agent):
     before = flatten(agent.parameters())
     assert gradient.norm() > args.max_grad_norm
 
-    update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args, np.random.default_rng(0))
+    stats = update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args, np.random.default_rng(0))
+    assert stats["losses/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)  # before it is cut
     moved = flatten(agent.parameters()) - before
     expected = -gradient * args.max_grad_norm / gradient.norm()
     assert (moved - expected).norm() < 1e-4 * expected.norm()

@@ -185,13 +185,15 @@ def test_an_update_is_a_step_on_the_whole_loss(agent, max_grad_norm):
     samples = -(0.3 + 2 * 0.5) * advantages * logprob - 0.01 * entropy + 0.5 * (value - returns) ** 2
     parameters = list(trained.parameters())
     gradient = one_vector(torch.autograd.grad(samples[valid > 0].mean(), parameters))
-    gradient *= min(1, max_grad_norm / gradient.norm())
+    grad_norm = gradient.norm().item()
+    gradient *= min(1, max_grad_norm / grad_norm)
 
     before = one_vector(parameters).detach()
     args = Args(update_epochs=1, num_minibatches=1, norm_adv=False, max_grad_norm=max_grad_norm)
     args.alpha, args.beta, args.Z = 0.3, 2.0, -0.5
     batch = Batch(obs, actions, logprob.detach().unsqueeze(1), advantages, returns, valid)
-    sppo_atari.update(trained, torch.optim.SGD(parameters, lr=1.0), batch, 0.1, args, np.random.default_rng(0))
+    stats = sppo_atari.update(trained, torch.optim.SGD(parameters, lr=1.0), batch, 0.1, args, np.random.default_rng(0))
+    assert stats["losses/grad_norm"] == pytest.approx(grad_norm, rel=1e-4)  # before it is cut
     torch.testing.assert_close(before - one_vector(parameters), gradient, rtol=1e-4, atol=1e-8)
 
 

@@ -31,7 +31,7 @@ FLAGS = {
 TAGS = """
     charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate
     losses/value_loss losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac
-    losses/explained_variance losses/forward_loss losses/reverse_loss losses/mean_weight
+    losses/explained_variance losses/forward_loss losses/reverse_loss losses/mean_weight losses/grad_norm
     advantage/sign_flips_normalization advantage/sign_flips_noise eval/episodic_return
 """.split()
 

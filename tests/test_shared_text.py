@@ -11,7 +11,10 @@ SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.g
 PAIRS = pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
 
 OWN = set("Args validate Batch Rollout collect gradient update main".split())  # what each script has in its own way
-SHARED_BY_ALL = set("layer_init gae flip_signs new_run_folder".split())
+SHARED_BY_ALL = set("""
+    layer_init gae flip_signs
+    read_flags new_run_folder save load random_state restore_random catch_signals check_finite explain
+""".split())
 
 
 def definitions(script: str) -> dict[str, str]:

@@ -41,7 +41,7 @@ BASELINES = pytest.mark.parametrize("name", [name for name in COMMANDS if name.s
 EVERYWHERE = """
     charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate eval/episodic_return
     losses/value_loss losses/policy_loss losses/forward_loss losses/entropy losses/explained_variance losses/mean_weight
-    advantage/sign_flips_normalization advantage/sign_flips_noise
+    losses/grad_norm advantage/sign_flips_normalization advantage/sign_flips_noise
 """.split()
 PPO = ["losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac"]
 TAGS = {
