@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -195,18 +196,16 @@ def measure_bare_environment(job: dict, clock: Clock) -> None:
     play_at_random(env.action_space, (job["num_steps"],), step, clock)
 
 
-def peak_memory() -> tuple[float, float]:
-    """Peak resident MB of this process, and of its worker processes together (what they share counts in each)."""
+def descendants(pid: int) -> list[int]:
+    """Its worker processes, and theirs."""
+    children = " ".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return [process for child in map(int, children) for process in [child, *descendants(child)]]
 
-    def peak(pid):
-        match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-        return int(match[1]) / 1024 if match else 0.0
 
-    def workers(pid):
-        children = " ".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()
-        return sum(peak(child) + workers(child) for child in children)
-
-    return peak("self"), workers(os.getpid())
+def peak_memory(pid: int) -> float:
+    """Peak resident MB of one process."""
+    match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(match[1]) / 1024 if match else 0.0
 
 
 def main() -> None:
@@ -217,12 +216,15 @@ def main() -> None:
         others.get(job["contestant"], measure_script)(job, clock)
     except Enough:
         steps = clock.count * job["num_envs"] * job["num_steps"]
-        memory, workers = peak_memory()
-        result = dict(steps_per_second=steps / clock.seconds, memory_mb=memory, workers_mb=workers)
+        workers = descendants(os.getpid())
+        result = dict(steps_per_second=steps / clock.seconds, memory_mb=peak_memory(os.getpid()))
+        result["workers_mb"] = sum(map(peak_memory, workers))  # what they share counts in each
         if job["mode"] == "split":
             parts = {name: seconds / steps * 1e6 for name, seconds in clock.parts.items()}  # µs per step
             parts["acting"] = parts.pop("collect") - parts["environment"]
             result |= parts | {"rest": clock.seconds / steps * 1e6 - sum(parts.values())}
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)  # they would outlive this process and keep its output open
         print("\n" + json.dumps(result), flush=True)
         os._exit(0)  # without the final evaluation, and without waiting for anybody's threads
 

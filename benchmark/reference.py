@@ -37,7 +37,9 @@ def make_model(
     method: str, env_id: str, seed: int, num_envs: int | None = None, algorithm=PPO, subprocesses=False, **changes
 ):
     """The learner, untrained, with the settings our scripts have by default, and `changes` to them."""
-    options = dict(seed=seed, vec_env_cls=SubprocVecEnv if subprocesses else None)
+    options = dict(seed=seed)
+    if subprocesses:  # forked, or they would not know the Atari games
+        options.update(vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="fork"))
     if "NoFrameskip" in env_id:
         a2c = method == "a2c"
         envs = VecFrameStack(make_atari_env(env_id, num_envs or (16 if a2c else 8), **options), 4)

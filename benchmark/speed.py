@@ -89,6 +89,7 @@ TARGETS = [  # what, case, mode, measured column, targets by default and with th
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "speed.csv"
 BEGIN, END = "<!-- speed.py writes from here -->", "<!-- to here -->"
+CORES = len(os.sched_getaffinity(0))
 PARTS = ["acting", "environment", "advantages", "update", "logging", "rest"]
 KEY = ["machine", "case", "mode", "threads"]
 FIELDS = [*KEY, "commit", "busy_cores", "contestant", "flags", "repetition",
@@ -105,8 +106,8 @@ def machine(sbx_python: str) -> str:
     yes_no = [f"{flag.replace('_', '-').upper()} {'yes' if f' {flag} ' in cpu else 'no'}"
               for flag in ("avx512f", "avx512_bf16", "amx_bf16")]  # fmt: skip
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    hardware = [name[1] if name else platform.processor(), f"{len(os.sched_getaffinity(0))} cores", *yes_no,
-                f"{memory:.0f} GiB", *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])]  # fmt: skip
+    hardware = [name[1] if name else platform.processor(), f"{CORES} cores", *yes_no, f"{memory:.0f} GiB",
+                *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])]  # fmt: skip
     packages = ["torch", "numpy", "stable-baselines3", "gymnasium", "ale-py", "mujoco"]
     code = "from importlib.metadata import version as v; print('sbx-rl', v('sbx-rl') + ', jax', v('jax'))"
     sbx = subprocess.run([sbx_python, "-c", code], capture_output=True, text=True).stdout.strip()
@@ -114,19 +115,16 @@ def machine(sbx_python: str) -> str:
     return ", ".join(hardware) + "; " + ", ".join([*software, sbx or "sbx not installed"])
 
 
-def busy_cores() -> float:
-    """Cores that others keep busy while this process sleeps; 0 where Linux does not tell."""
-    if not Path("/proc/stat").exists():
-        return 0.0
+def busy_cores(seconds: float) -> float:
+    """Cores that others keep busy while this process sleeps."""
 
-    def idle():
-        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
-        return ticks[3] + ticks[4], sum(ticks)
+    def ticks():  # of all cores: user, nice, system, idle, waiting for a disk, …
+        return [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
 
-    before = idle()
-    time.sleep(1)
-    after = idle()
-    return os.cpu_count() * (1 - (after[0] - before[0]) / max(after[1] - before[1], 1))
+    before = ticks()
+    time.sleep(seconds)
+    spent = [after - before for after, before in zip(ticks(), before)]
+    return os.cpu_count() * (1 - (spent[3] + spent[4]) / max(sum(spent), 1))
 
 
 def run(job: dict, python: str) -> dict:
@@ -168,7 +166,8 @@ def measure_all(case: Case, key: dict, args: argparse.Namespace) -> list[dict]:
             job = case._asdict() | key | dict(threads=int(key["threads"]), contestant=name, flags=flags)
             job |= dict(seed=repetition + 1, seconds=args.seconds, iterations=args.iterations, quick=args.quick)
             row = dict.fromkeys(FIELDS, "") | key | dict(contestant=name, flags=" ".join(flags) or kind)
-            row |= dict(repetition=repetition + 1, commit=commit.strip(), busy_cores=f"{busy_cores():.2f}")
+            row |= dict(repetition=repetition + 1, commit=commit.strip())
+            row |= dict(busy_cores=f"{busy_cores(0.1 if args.quick else 1):.2f}")
             result = run(job, args.sbx_python if name == SBX else sys.executable)
             row |= {field: x if field == "note" else f"{x:.1f}" for field, x in result.items()}
             rows.append(row)
@@ -214,7 +213,7 @@ def speed_table(rows: list[dict], peers: list[str]) -> str:
         speed, memory, workers = (column(rows, name, flags, x).values() for x in FIELDS[9:12])
         megabytes = f"{max(memory, default=0):.0f} MB" + (f" + {max(workers):.0f}" if any(workers) else "")
         note = next(row["note"] for row in rows if (row["contestant"], row["flags"]) == (name, flags))
-        cells = [ratios(rows, name, flags, peer) for peer in peers]
+        cells = [ratios(rows, name, flags, peer) if peer != name else "1" for peer in peers]
         lines.append([label(name, flags), note or spread(speed), *cells, megabytes if memory else "–"])
     return table(["", "steps/s", *(f"ratio to {peer}" for peer in peers), "peak memory (+ workers)"], lines)
 
@@ -279,14 +278,14 @@ def main() -> None:
     path = args.csv or (None if args.quick else RESULTS)
     if args.quick:
         args.repetitions, args.seconds, args.iterations = 1, 0.1, 1
-    where, cores = machine(args.sbx_python), len(os.sched_getaffinity(0))
+    where = machine(args.sbx_python)
     rows = list(csv.DictReader(path.open())) if path and path.exists() else []
-    for name in args.cases or [name for name in CASES if CASES[name].kind != "gpu" or torch.cuda.is_available()]:
+    for name in args.cases or (CASES if torch.cuda.is_available() else [x for x in CASES if CASES[x].kind != "gpu"]):
         case = CASES[name]
         if args.quick and name != "a2c":
             case = case._replace(num_steps=128 if case.kind == "control" else 8)
         for mode in [mode for mode in case.modes.split() if args.repetitions and mode in (args.modes or mode)]:
-            for threads in args.torch_threads or [1 if case.kind == "control" else cores]:
+            for threads in args.torch_threads or [1 if case.kind == "control" else CORES]:
                 key = dict(zip(KEY, (where, name, mode, str(threads))))
                 rows = [row for row in rows if any(row[field] != key[field] for field in KEY)]  # measured anew
                 rows += measure_all(case, key, args)
