@@ -280,10 +280,11 @@ def main() -> None:
         args.repetitions, args.seconds, args.iterations = 1, 0.1, 1
     where = machine(args.sbx_python)
     rows = list(csv.DictReader(path.open())) if path and path.exists() else []
-    for name in args.cases or (CASES if torch.cuda.is_available() else [x for x in CASES if CASES[x].kind != "gpu"]):
+    names = [name for name in CASES if CASES[name].kind != "gpu" or torch.cuda.is_available()]
+    for name in args.cases or [name for name in names if not (args.quick and name == "hopper")]:  # as halfcheetah
         case = CASES[name]
         if args.quick and name != "a2c":
-            case = case._replace(num_steps=128 if case.kind == "control" else 8)
+            case = case._replace(num_steps=64 if case.kind == "control" else 8, num_minibatches=4)
         for mode in [mode for mode in case.modes.split() if args.repetitions and mode in (args.modes or mode)]:
             for threads in args.torch_threads or [1 if case.kind == "control" else CORES]:
                 key = dict(zip(KEY, (where, name, mode, str(threads))))
