@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="0: only prints what the CSV file holds")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement, after the warm-up")
     parser.add_argument("--iterations", type=int, default=3, help="at least, in each measurement")
-    parser.add_argument("--torch-threads", type=int, nargs="+", help="default: control 1, else all cores")
+    parser.add_argument("--torch-threads", type=int, nargs="+", help="default: control and --quick 1, else all cores")
     parser.add_argument("--sbx-python", default=sys.executable, help="the python of an environment that has sbx-rl")
     parser.add_argument("--csv", type=Path, help="raw measurements; default results/speed.csv, with --quick none")
     parser.add_argument("--output", type=Path, help="Markdown file to put the tables into")
@@ -286,7 +286,7 @@ def main() -> None:
         if args.quick and name != "a2c":
             case = case._replace(num_steps=64 if case.kind == "control" else 8, num_minibatches=4)
         for mode in [mode for mode in case.modes.split() if args.repetitions and mode in (args.modes or mode)]:
-            for threads in args.torch_threads or [1 if case.kind == "control" else CORES]:
+            for threads in args.torch_threads or [1 if case.kind == "control" or args.quick else CORES]:
                 key = dict(zip(KEY, (where, name, mode, str(threads))))
                 rows = [row for row in rows if any(row[field] != key[field] for field in KEY)]  # measured anew
                 rows += measure_all(case, key, args)
