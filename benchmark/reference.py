@@ -23,7 +23,7 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
-from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 RESULTS = Path(__file__).parent / "results" / "reference.csv"
 FIELDS = ["method", "env_id", "seed", "steps", "episodes", "mean", "std", "train_seconds"]
@@ -33,25 +33,37 @@ ATARI_A2C = dict(policy_kwargs=dict(optimizer_class=RMSpropTFLike, optimizer_kwa
                  ent_coef=0.01, vf_coef=0.25)  # fmt: skip
 
 
+def make_model(
+    method: str, env_id: str, seed: int, num_envs: int | None = None, algorithm=PPO, subprocesses=False, **changes
+):
+    """The learner, untrained, with the settings our scripts have by default, and `changes` to them."""
+    options = dict(seed=seed)
+    if subprocesses:  # forked, or they would not know the Atari games
+        options.update(vec_env_cls=SubprocVecEnv, vec_env_kwargs=dict(start_method="fork"))
+    if "NoFrameskip" in env_id:
+        a2c = method == "a2c"
+        envs = VecFrameStack(make_atari_env(env_id, num_envs or (16 if a2c else 8), **options), 4)
+        algorithm, settings = (A2C, ATARI_A2C) if a2c else (algorithm, ATARI_PPO)
+        return algorithm("CnnPolicy", envs, seed=seed, **(dict(device="cpu") | settings | changes))
+    envs = VecNormalize(make_vec_env(env_id, num_envs or 1, **options), gamma=0.99)
+    return algorithm("MlpPolicy", envs, seed=seed, **(dict(device="cpu") | changes))  # its defaults are the settings
+
+
 def train_and_play(method: str, env_id: str, seed: int, steps: int, episodes: int) -> tuple[list[float], float]:
     """Returns of the trained policy's evaluation episodes, and the seconds that training took."""
+    model = make_model(method, env_id, seed)
     if "NoFrameskip" in env_id:
-        envs = VecFrameStack(make_atari_env(env_id, 16 if method == "a2c" else 8, seed=seed), 4)
-        settings = ATARI_A2C if method == "a2c" else ATARI_PPO
-        model = (A2C if method == "a2c" else PPO)("CnnPolicy", envs, seed=seed, device="cpu", **settings)
         # Whole games, raw score: the wrappers' lost life and clipped reward are for training only.
         wrappers = dict(terminal_on_life_loss=False, clip_reward=False)
         eval_envs = make_atari_env(env_id, 1, seed=10_000 + seed, wrapper_kwargs=wrappers)
         eval_envs = VecTransposeImage(VecFrameStack(eval_envs, 4))
     else:
-        envs = VecNormalize(make_vec_env(env_id, 1, seed=seed), gamma=0.99)
-        model = PPO("MlpPolicy", envs, seed=seed, device="cpu")  # its defaults are the settings
         eval_envs = VecNormalize(make_vec_env(env_id, 1, seed=10_000 + seed), training=False, norm_reward=False)
     start = time.time()
     model.learn(steps)
     seconds = time.time() - start
-    if isinstance(envs, VecNormalize):
-        eval_envs.obs_rms = envs.obs_rms
+    if isinstance(eval_envs, VecNormalize):
+        eval_envs.obs_rms = model.env.obs_rms
     deterministic = "NoFrameskip" not in env_id
     returns, _ = evaluate_policy(model, eval_envs, episodes, deterministic, return_episode_rewards=True)
     return returns, seconds
