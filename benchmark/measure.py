@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+COLLECT = [("collect", "collect_games"), ("collect", "collect_episodes")]  # ppo_baseline.py has two: Atari, control
 SB3, SUBPROCESSES, SBX, BARE = "SB3", "SB3, SubprocVecEnv", "sbx", "bare environment"
 
 
@@ -112,7 +113,9 @@ def measure_script(job: dict, clock: Clock) -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
 
-    collect, update, wait = script.collect, script.update, torch.cuda.synchronize if gpu else lambda: None
+    collect_name = next(name for name in COLLECT[job["kind"] == "control"] if hasattr(script, name))
+    collect, update = getattr(script, collect_name), script.update
+    wait = torch.cuda.synchronize if gpu else lambda: None
 
     def tick_and_collect(*args, **kwargs):
         clock.tick()
@@ -122,13 +125,14 @@ def measure_script(job: dict, clock: Clock) -> None:
         space = envs.action_space if hasattr(envs, "action_space") else gym.spaces.Discrete(envs.num_actions)
         play_at_random(space, (job["num_steps"], job["num_envs"]), envs.step, clock)
 
-    script.collect = tick_and_collect
+    setattr(script, collect_name, tick_and_collect)
     if mode == "rollouts":
-        script.update = lambda *args, **kwargs: {}
+        script.update, script.check_finite = lambda *args, **kwargs: {}, lambda *args: None
     elif mode == "update":
-        script.collect, script.update = once(collect), timed(update, clock.add, wait)
+        setattr(script, collect_name, once(collect))
+        script.update = timed(update, clock.add, wait)
     elif mode == "environment":
-        script.collect = collect_at_random
+        setattr(script, collect_name, collect_at_random)
     elif mode == "split":
         collect = timed(collect, clock.add_part("collect"), wait)
         script.update = timed(update, clock.add_part("update"), wait)

@@ -38,13 +38,13 @@ from measure import BARE, SB3, SBX, SUBPROCESSES
 
 # The fastest documented flags of each script, by kind of case; where there are none, only the default is measured.
 FASTEST = {
-    ("sppo_atari", "atari"): [],
-    ("ppo_baseline", "atari"): [],
-    ("sa2c_atari", "atari"): [],
-    ("sppo_continuous", "control"): [],
-    ("ppo_baseline", "control"): [],
-    ("sppo_atari", "gpu"): [],
-    ("ppo_baseline", "gpu"): [],
+    ("sppo_atari", "atari"): ["--bf16", "--compile"],
+    ("ppo_baseline", "atari"): ["--bf16", "--compile"],
+    ("sa2c_atari", "atari"): ["--bf16", "--compile"],
+    ("sppo_continuous", "control"): ["--compile"],
+    ("ppo_baseline", "control"): ["--compile"],
+    ("sppo_atari", "gpu"): ["--bf16", "--compile"],
+    ("ppo_baseline", "gpu"): ["--bf16", "--compile"],
 }
 
 
