@@ -513,13 +513,14 @@ def read_flags() -> Args:
         return args
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--resume and --evaluate do not go together")
+    machine = "cuda bf16 compile torch_threads"  # another one may need other values
     if args.resume is not None:
-        free = "total_timesteps eval_interval eval_episodes capture_video track checkpoint_interval cuda torch_threads"
+        free = "total_timesteps eval_interval eval_episodes capture_video track checkpoint_interval " + machine
         flags = load(Path(args.resume, "checkpoint.pt"))["args"]
         if not os.access(args.resume, os.W_OK):
             raise ValueError(f"the run's folder {args.resume} cannot be written")
     else:
-        free = "eval_episodes capture_video cuda torch_threads"
+        free = "eval_episodes capture_video " + machine
         flags = load(Path(args.evaluate, "model.pt"))["args"] | {"capture_video": False, "track": False}
     stored = Args(**flags | {"resume": args.resume, "evaluate": args.evaluate})
     args = tyro.cli(Args, default=stored)

@@ -2,22 +2,47 @@
 
     python benchmark/score.py sppo_atari.py --env-id ALE/Boxing-v5 --seed 1 --total-timesteps 200000
 
-Whatever stands behind the script's name goes to the script. A line that is already there is not computed again.
+Whatever stands behind the script's name goes to the script. A line that is already there is not computed again. The
+returns of the training episodes, as means over fiftieths of the run, go to `benchmark/results/curves.csv`.
 """
 
 import csv
 import fcntl
+import math
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "scores.csv"
+CURVES = ROOT / "benchmark" / "results" / "curves.csv"
 FIELDS = ["command", "steps", "episodes", "mean", "std", "seconds"]
 FINAL = re.compile(r"final score at (\d+) steps: (-?[\d.]+) ± ([\d.]+) \((\d+) ")
+
+
+def append(path: Path, fields: list[str], rows: list[list]) -> None:
+    """Several calls may run at once."""
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0, 2)
+        csv.writer(file).writerows(([fields] if file.tell() == 0 else []) + rows)
+
+
+def curve(folder: str, steps: int) -> list[tuple[int, str]]:
+    """(last step, mean return of the training episodes that ended) of each fiftieth of the run."""
+    (run,) = Path(folder, "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    episodes = defaultdict(list)
+    for event in events.Scalars("charts/episodic_return"):
+        episodes[math.ceil(event.step / steps * 50)].append(event.value)
+    return [(part * steps // 50, f"{sum(returns) / len(returns):.2f}") for part, returns in sorted(episodes.items())]
 
 
 def main() -> None:
@@ -28,16 +53,12 @@ def main() -> None:
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:  # the run's own files are not needed
         done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    steps, mean, std, episodes = FINAL.search(done.stdout).groups()
-    with RESULTS.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # several calls may run at once
-        file.seek(0, 2)
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(FIELDS)
-        writer.writerow([command, steps, episodes, mean, std, round(time.time() - start)])
+        if done.returncode:
+            sys.exit(done.returncode)
+        steps, mean, std, episodes = FINAL.search(done.stdout).groups()
+        points = curve(folder, int(steps))
+    append(CURVES, ["command", "step", "mean_return"], [[command, *point] for point in points])
+    append(RESULTS, FIELDS, [[command, steps, episodes, mean, std, round(time.time() - start)]])
     print(command, mean, std)
 
 
