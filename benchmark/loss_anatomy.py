@@ -59,7 +59,7 @@ class Trainer:
         self.script = sppo_atari if self.atari else sppo_continuous
         self.args = self.script.Args(env_id=env_id, seed=seed)
         self.script.validate(self.args)
-        self.rng, self.actions_rng = np.random.default_rng(seed).spawn(2)
+        self.rng, self.actions_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
         model = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
         device, sequence = torch.device("cpu"), np.random.SeedSequence(seed)
         num_steps, num_envs = self.args.num_steps, self.args.num_envs

@@ -28,7 +28,7 @@ TABLE = ROOT / "benchmark/results/matched_control.csv"
 def learn(script, args):
     """Runs a script's algorithm on one environment; yields the parameters and the actions of each iteration."""
     torch.manual_seed(args.seed)
-    rng, actions_rng = np.random.default_rng(args.seed).spawn(2)
+    rng, actions_rng = np.random.default_rng(args.seed), np.random.default_rng([args.seed, 1])
     envs = script.Environments(args.env_id, np.array([args.seed]), args.gamma)
     to_action = script.BinnedActions(envs.action_space, args.num_bins)
     agent = script.BinnedAgent(envs.obs.shape[1], to_action.values.shape)
