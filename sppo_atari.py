@@ -605,7 +605,7 @@ def load(path: Path) -> dict:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script, _, _ = state["script"], state["args"], state["step"]
+        script, _, _ = (dict(state)[name] for name in ("script", "args", "step"))
     except Exception:  # zipfile and torch raise all kinds, depending on the byte
         damaged = True
     if damaged:

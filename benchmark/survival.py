@@ -21,12 +21,12 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-POLE = "--env-id CartPole-v1 --num-steps 256 --total-timesteps {steps} --checkpoint-interval 256 --eval-interval 2560"
+POLE = "--env-id CartPole-v1 --num-steps 256 --total-timesteps {steps} --checkpoint-interval 256 --eval-interval 10240"
 GAMES = "--env-id ALE/Breakout-v5 --num-envs 4 --num-steps 32 --total-timesteps {steps} --checkpoint-interval 128"
-RUNS = [  # script, flags, steps for each kill: some seconds of training, a whole number of batches
-    ("sppo_continuous.py", POLE, 2_560),
-    ("ppo_baseline.py", POLE.replace("CartPole-v1", "Hopper-v5"), 2_560),
-    ("sppo_atari.py", GAMES, 640),
+RUNS = [  # script, flags, steps for each kill, a whole number of batches
+    ("sppo_continuous.py", POLE, 5_120),
+    ("ppo_baseline.py", POLE.replace("CartPole-v1", "Hopper-v5"), 5_120),
+    ("sppo_atari.py", GAMES, 1_280),
     ("sa2c_atari.py", GAMES + " --log-interval 3", 1_280),
 ]
 
@@ -64,8 +64,8 @@ def check_curves(run: Path) -> int:
 
 
 def survive(script: str, flags: str, total: int, kills: int, rng: random.Random) -> dict:
-    """One run with so many kills, each up to some seconds after the run has begun to train."""
-    start, done, checkpoints, early = time.time(), 0, 0, 0
+    """One run with so many kills, each at a random step and a random moment after it."""
+    start, done, checkpoints, early, all_kills = time.time(), 0, 0, 0, kills
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / script]
         run = None
@@ -76,7 +76,10 @@ def survive(script: str, flags: str, total: int, kills: int, rng: random.Random)
                 line = process.stdout.readline()  # "runs/… on cpu": from here on it trains
                 assert line.startswith("runs/"), process.stderr.read()
                 run = Path(line.split()[0].rstrip(":"))
-                time.sleep(rng.uniform(0, 3))
+                moment = done + rng.randrange(total // (2 * all_kills))
+                while check_checkpoint(Path(folder, run)) < moment and process.poll() is None:
+                    time.sleep(0.02)
+                time.sleep(rng.uniform(0, 0.3))
                 process.kill()
                 kills -= 1
             output, errors = process.communicate()
