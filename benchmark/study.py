@@ -92,7 +92,7 @@ def run_locked(cell: Cell, command: str, folder: Path, threads: int, lock: int) 
     log.touch()
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = os.environ | dict.fromkeys(names, str(threads))
-    starts = 0
+    starts, code = 0, 0
     while True:
         text = log.read_text(errors="replace")
         if final := FINAL.search(text):
@@ -328,7 +328,7 @@ def main() -> int:
             command.add_argument("--threads", type=int, default=1, help="threads of a run")
             command.add_argument("--dry-run", action="store_true", help="list the commands and estimate the time")
             command.add_argument("--cell", type=int, help="only this run, by its number in --dry-run")
-            command.add_argument("--ray", metavar="ADDRESS", help="hand the runs to a Ray cluster; local: one started here")
+            command.add_argument("--ray", metavar="ADDRESS", help="hand the runs to a Ray cluster; or local")
             command.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs of a run, 0.25 for a quarter")
             command.add_argument("--slurm", action="store_true", help="print a job-array script")
         else:

@@ -155,11 +155,12 @@ def build(table: dict, name: str, scale: str | None) -> Study:
             raise StudyError(f"a comparison is a pair of the methods; this is none: {pair}")
     if table["reference"] not in known:
         raise StudyError(f"reference: there is no method {table['reference']!r}")
+    families = {family: list(members) for family, members in expanded.items() if len(members) > 1}
     return Study(
         name=name + (f"-{scale}" if scale else ""), question=table["question"], beta=table["beta"], cells=cells,
         methods=list(methods), environments=list(environments), conditions=conditions, seeds=seeds,
-        reference=table["reference"], comparisons=[pair for pair in comparisons if set(pair) <= set(methods)],
-        families={family: list(members) for family, members in expanded.items() if len(members) > 1},
+        reference=table["reference"], comparisons=[pair for pair in comparisons if set(pair) <= {*methods, *families}],
+        families=families,
     )
 
 
