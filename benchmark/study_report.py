@@ -290,9 +290,9 @@ def aggregates(results: Results) -> str:
         return f"## Aggregates\n\nNone: they need finished runs of {study.reference}, {study.clean or 'without noise'}."
     text = (f"Normalised scores on {', '.join(results.tasks)}, of the seeds that are finished on all of them: "
             f"interquartile mean (IQM), its difference, and the probability that a run of the first method beats one "
-            f"of the second (1/2 is a tie). Stratified bootstrap over seeds ({REPS:,} resamples), percentile intervals; "
-            f"tasks, uniform policy and reference are held fixed. Where all runs of one beat all runs of the other the "
-            f"interval of the probability has no width: resampling cannot know better.")
+            f"of the second (1/2 is a tie). Stratified bootstrap over seeds ({REPS:,} resamples), percentile "
+            f"intervals; tasks, uniform policy and reference are held fixed. Where all runs of one beat all runs of "
+            f"the other the interval of the probability has no width: resampling cannot know better.")
     rows = []
     for condition in study.conditions:
         for method in study.methods:
@@ -309,7 +309,8 @@ def aggregates(results: Results) -> str:
                 continue
             gap = bootstrap(iqm_contrast(1, -1), x, y)
             wins = bootstrap(lambda x, y: np.array([improvement(x, y)]), x, y)
-            rows.append([f"{a} − {b}", condition, f"{len(x)}, {len(y)}", interval(gap, two, "+"), verdict(gap, higher(a, b)),
+            rows.append([f"{a} − {b}", condition, f"{len(x)}, {len(y)}",
+                         interval(gap, two, "+"), verdict(gap, higher(a, b)),
                          interval(wins, two), verdict(wins, higher(a, b), 0.5)])
             before = [results.normalized(method, study.clean) for method in (a, b)]
             if condition != study.clean and before[0] is not None and before[1] is not None:
@@ -362,7 +363,8 @@ def spreads(results: Results) -> str:
         return ""
     header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread"]
     text = ("Over the settings of a grid, of mean scores over seeds. Spread: their standard deviation, without what "
-            "the seeds' own variance adds to it. Its difference is bootstrapped over seeds, an approximation at few seeds.")
+            "the seeds' own variance adds to it. Its difference is bootstrapped over seeds, an approximation at few "
+            "seeds.")
     parts, rows = ["## Spread over settings", text, table(header, rows)], []
     for a, b in study.comparisons:
         for env_id in study.environments:
@@ -394,7 +396,8 @@ def sign_flips(results: Results) -> str:
                                      *(interval(e, "{:.2f}".format, "+") for e in estimates)])
     text = ("Share of samples whose advantage changes sign by reward noise and by minibatch normalisation, mean over "
             "all updates and runs; then Spearman's ρ between a run's share and its final score, methods and seeds "
-            "together, with its interval (Fisher's z). Across conditions it says little about causes: the noise moves both.")
+            "together, with its interval (Fisher's z). Across conditions it says little about causes: the noise moves "
+            "both.")
     names = list(FLIPS.values())
     return "\n\n".join(["## Sign flips", text, table(["environment", "condition", "runs", *names], rows),
                         table(["environment", "condition", "runs", *(f"ρ, {name}" for name in names)], correlations)])
@@ -421,7 +424,8 @@ def figures(results: Results) -> str:
         shown.append(("dose_response", "Mean final score with its t interval, by condition"))
     if study.families:
         over_settings(results)
-        shown.append(("settings", "Mean final score of each setting against its mean weight, the factor on PPO's gradient"))
+        shown.append(("settings", "Mean final score of each setting against its mean weight, the factor on PPO's "
+                                  "gradient"))
     if len(study.conditions) > 1:
         flips_and_scores(results)
         shown.append(("sign_flips", "A run's share of sign flips by noise against its final score"))
