@@ -7,8 +7,8 @@
 STUDY is a file, or the name of one in `benchmark/studies/`; `--scale` takes a smaller version that the file describes.
 A run is a subprocess of the real script in a folder of its own, `studies/STUDY/<run>/`, and is finished once its
 `done.json` lies there. The same command continues a study that was interrupted: runs go on from their last checkpoint,
-those without one start anew. With `--ray` (the same token on all machines, or RAY_AUTH_MODE=disabled) and `--slurm` the
-folder must be one that all machines see.
+those without one start anew. With `--ray` (a cluster's machines need one token, or RAY_AUTH_MODE=disabled) and `--slurm`
+the folder must be one that all machines see.
 
 A study file is TOML; `benchmark/studies/smoke.toml` is a short one:
 

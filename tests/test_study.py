@@ -472,7 +472,7 @@ def test_smoke_is_reported(smoke):
 def test_a_real_script_is_resumed(tmp_path):
     text = (STUDIES / "smoke.toml").read_text().split("[pilot]")[0].replace("seeds = 2", "seeds = 1")
     text = "\n".join(line for line in text.splitlines() if "mean_weight" not in line and "comparisons" not in line)
-    text = text.replace("--eval-interval 1024", "--checkpoint-interval 512").replace("steps = 2048", "steps = 40960")
+    text = text.replace("--eval-interval 1024", "--checkpoint-interval 512").replace("steps = 2048", "steps = 20480")
     path = tmp_path / "resumed.toml"
     path.write_text(text)
     study = subprocess.Popen(command("run", path, "--workers", 2), cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -483,9 +483,9 @@ def test_a_real_script_is_resumed(tmp_path):
     assert call(tmp_path, "run", path, "--workers", 2).returncode == 0
     for cell in load(str(path)).cells:
         record = json.loads((folder / cell.name / "done.json").read_text())
-        assert record["attempts"] == 2 and record["steps"] == 40960
+        assert record["attempts"] == 2 and record["steps"] == 20480
         steps = [step for step, _ in scalars(folder / cell.name)["losses/value_loss"]]
-        assert steps == list(range(512, 40961, 512))
+        assert steps == list(range(512, 20481, 512))
 
 
 def test_all_points_are_read(tmp_path):
