@@ -7,8 +7,8 @@
 STUDY is a file, or the name of one in `benchmark/studies/`; `--scale` takes a smaller version that the file describes.
 A run is a subprocess of the real script in a folder of its own, `studies/STUDY/<run>/`, and is finished once its
 `done.json` lies there. The same command continues a study that was interrupted: runs go on from their last checkpoint,
-those without one start anew. With `--ray` (a cluster's machines need one token, or RAY_AUTH_MODE=disabled) and `--slurm`
-the folder must be one that all machines see.
+those without one start anew. With `--ray` and `--slurm` the folder must be one that all machines see; a Ray cluster's
+machines need the same token, or RAY_AUTH_MODE=disabled.
 
 A study file is TOML; `benchmark/studies/smoke.toml` is a short one:
 
@@ -230,7 +230,7 @@ def dry_run(study: Study, folder: Path, workers: int) -> None:
             record = json.loads((folder / cell.name / "done.json").read_text())
             if record["attempts"] == 1:  # else the seconds are those of the last part
                 for key in ((cell.script, cell.env_id), cell.script):
-                    measured.setdefault(key, []).append(record["steps"] / record["seconds"])
+                    measured.setdefault(key, []).append(record["steps"] / max(record["seconds"], 0.1))
     speeds = {key: sorted(values)[len(values) // 2] for key, values in measured.items()}
     weights, seconds, left, guessed = mean_weights(study, folder), 0.0, 0, 0
     for i, cell in enumerate(study.cells):

@@ -103,6 +103,10 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
 
 
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" + "s" * (n != 1)
+
+
 def interval(estimate: tuple[float, float, float], show=number, sign: str = "") -> str:
     value, low, high = estimate
     plus = "+" if sign and value > 0 else ""
@@ -149,7 +153,7 @@ class Results:
         for row in self.runs:
             key = row["method"], row["environment"], row["condition"]
             cell = cells.pop((*key, int(row["seed"])), None)
-            if cell is None or f" --total-timesteps {cell.steps} " not in row["command"]:
+            if cell is None or f" --total-timesteps {cell.steps} " not in row["command"] + " ":
                 raise StudyError(f"{folder / 'runs.csv'} holds a run that is not of this study: {row['command']}")
             self.scores.setdefault(key, {})[int(row["seed"])] = float(row["score"])
             self.weights.setdefault(key, []).append(float(row["mean_weight"]))
@@ -200,8 +204,9 @@ def head(results: Results, command: str) -> str:
     steps = sorted({int(row["steps"]) for row in results.runs})
     lines = [
         f"# {study.name}", study.question, f"How β was fixed: {study.beta}",
-        f"It stands on {len(results.runs)} runs: {len(study.methods)} methods, {len(study.environments)} environments, "
-        f"{len(study.conditions)} conditions ({', '.join(study.conditions)}), {per_cell} seeds each, "
+        f"It stands on {len(results.runs)} runs: {plural(len(study.methods), 'method')}, "
+        f"{plural(len(study.environments), 'environment')}, {plural(len(study.conditions), 'condition')} "
+        f"({', '.join(study.conditions)}), {per_cell} seeds each, "
         f"{' or '.join(f'{n:,}' for n in steps)} environment steps. A run's score is the mean raw return of the "
         f"evaluation after its last update. Intervals are 95 % intervals; those of a difference that contain zero are "
         f"called ties. Of many intervals about one in twenty excludes zero by chance.",
@@ -337,7 +342,7 @@ def measured_coverage(results: Results) -> str:
     rows = [[name, *(f"{cover[name]:.3f} ± {1.96 * (cover[name] * (1 - cover[name]) / trials) ** 0.5:.3f}"
                      for cover in measured)] for name in measured[0]]
     text = (f"How often these intervals contain zero (a half) when two methods do not differ, on {trials:,} synthetic "
-            f"studies with this one's {seeds} seeds and {tasks} tasks. 0.95 is what they claim; what is missing to it "
+            f"studies with this one's {seeds} seeds and {plural(tasks, 'task')}. 0.95 is what they claim; what is missing to it "
             f"are false verdicts. In the second column three runs in ten end near the uniform policy.")
     return "\n\n".join(["## Measured coverage", text, table(["interval", *shapes], rows)])
 
