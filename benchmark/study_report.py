@@ -342,8 +342,8 @@ def measured_coverage(results: Results) -> str:
     rows = [[name, *(f"{cover[name]:.3f} ± {1.96 * (cover[name] * (1 - cover[name]) / trials) ** 0.5:.3f}"
                      for cover in measured)] for name in measured[0]]
     text = (f"How often these intervals contain zero (a half) when two methods do not differ, on {trials:,} synthetic "
-            f"studies with this one's {seeds} seeds and {plural(tasks, 'task')}. 0.95 is what they claim; what is missing to it "
-            f"are false verdicts. In the second column three runs in ten end near the uniform policy.")
+            f"studies with this one's {seeds} seeds and {plural(tasks, 'task')}. 0.95 is what they claim; what is "
+            f"missing to it are false verdicts. In the second column three runs in ten end near the uniform policy.")
     return "\n\n".join(["## Measured coverage", text, table(["interval", *shapes], rows)])
 
 

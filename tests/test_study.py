@@ -461,7 +461,7 @@ def test_smoke_is_collected_as_it_was_logged(smoke):
 def test_smoke_is_reported(smoke):
     folder, _ = smoke
     text = (folder / "results/report.md").read_text()
-    assert "6 runs: 3 methods, 1 environment, 1 condition (clean)" in text and "2 seeds each, 2,048 environment steps" in text
+    assert "6 runs: 3 methods, 1 environment, 1 condition (clean), 2 seeds each, 2,048 environment steps" in text
     assert "All of its runs are finished" in text and text.index("## Scores") < text.index("## Aggregates")
     assert "| uniform policy, 100 episodes | 2" in text  # about 22 steps
     for figure in re.findall(r"\]\((.*\.png)\)", text):
