@@ -26,6 +26,7 @@ A study file is TOML; `benchmark/studies/smoke.toml` is a short one:
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -272,7 +273,10 @@ def ray_tasks(study: Study, args: argparse.Namespace):
     def task(command: list[str]) -> str:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
-            _, errors = process.communicate()
+            while True:  # Ray's KeyboardInterrupt does not wake what waits
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    _, errors = process.communicate(timeout=1)
+                    break
         except BaseException:  # cancelled: it stops its script, which writes a checkpoint
             process.terminate()
             process.wait()

@@ -377,20 +377,24 @@ def test_slurm_prints_a_job_array(tmp_path):
     assert [cell.parent.name for cell in (tmp_path / "studies/small").glob("*/done.json")] == ["A__E__clean__seed-2"]
 
 
-def test_ray_runs_the_same_cells_and_recovers_a_lost_worker(tmp_path):
-    pytest.importorskip("ray")
-    path = write_study(tmp_path, STUDY.replace("pause = 0.01", "pause = 0.3"))
-    folder = tmp_path / "studies/small"
+def test_ray_recovers_a_lost_worker_and_stops_cleanly(tmp_path):
+    text = STUDY.replace("pause = 0.01", "pause = 0.3").replace("seeds = 2", "seeds = 1") + '"B" = "SCRIPT --pause 2"\n'
+    path = write_study(tmp_path, text)
+    lost, stopped = (tmp_path / f"studies/small/{method}__E__clean__seed-1" for method in "AB")
     study = subprocess.Popen(command("run", path, "--ray", "local", "--workers", 2), cwd=tmp_path,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: len(list(folder.glob("*/runs/*/checkpoint.pt"))) == 2)
-    (child,) = re.findall(r"child of (\d+)", (folder / "A__E__clean__seed-1/log.txt").read_text())
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: all(list(cell.glob("runs/*/checkpoint.pt")) for cell in (lost, stopped)))
+    (child,) = re.findall(r"child of (\d+)", (lost / "log.txt").read_text())
     worker = int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[1])
     assert "ray::task" in Path(f"/proc/{worker}/cmdline").read_text()
     kill(worker)
-    output, _ = study.communicate(timeout=60)
-    assert study.returncode == 0 and "2 of 2 runs finished" in output
-    assert all(0 not in begun_at(cell)[1:] for cell in folder.iterdir())  # waited for, or resumed
+    wait_for((lost / "done.json").exists)
+    assert 0 not in begun_at(lost)[1:]  # its script was waited for, or resumed
+    study.send_signal(signal.SIGINT)
+    assert study.wait(30) == 130 and not (stopped / "done.json").exists()
+    steps = (stopped / "log.txt").read_text()
+    time.sleep(3)
+    assert (stopped / "log.txt").read_text() == steps  # nothing goes on
 
 
 # -------------------------------------------------------------------------------------- the real scripts, a whole study
