@@ -42,7 +42,7 @@ from datetime import datetime
 from pathlib import Path
 
 from study_file import ROOT, Cell, Study, StudyError, load
-from study_results import collect, mean_weights, random_scores, write_atomically
+from study_results import collect, is_logged, mean_weights, random_scores, write_atomically
 from tqdm import tqdm
 
 FINAL = re.compile(r"^final score at (\d+) steps: (\S+) ", re.MULTILINE)
@@ -96,11 +96,13 @@ def run_locked(cell: Cell, command: str, folder: Path, threads: int, lock: int) 
     starts, code = 0, 0
     while True:
         text = log.read_text(errors="replace")
-        if final := FINAL.search(text):
+        finals = FINAL.findall(text)
+        # Killed just then, or not seen to its end because the study was: it counts only if the curves have it, too.
+        if finals and ((starts and code == 0) or is_logged(folder, int(finals[-1][0]))):
             attempts = ATTEMPT.findall(text)
             seconds = log.stat().st_mtime - datetime.fromisoformat(attempts[-1]).timestamp()
-            record = dict(command=command, steps=int(final[1]), score=float(final[2]), seconds=round(seconds, 1),
-                          attempts=len(attempts))
+            record = dict(command=command, steps=int(finals[-1][0]), score=float(finals[-1][1]),
+                          seconds=round(seconds, 1), attempts=len(attempts))
             write_atomically(folder / "done.json", json.dumps(record, indent=1) + "\n")
             return "done"
         if STOPPED:

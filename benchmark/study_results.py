@@ -36,6 +36,11 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def is_logged(folder: Path, step: int) -> bool:
+    """Whether a cell's TensorBoard files reach to the evaluation at this step."""
+    return any((folder / "runs").glob("*")) and scalars(folder).get("eval/episodic_return", [(0, 0)])[-1][0] == step
+
+
 def mean_weights(study: Study, folder: Path) -> dict[tuple[str, str], dict[str, str]]:
     """w̄ by (environment, condition) and method: the mean over all points of all pilot runs, once these are finished.
 

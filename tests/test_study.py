@@ -32,7 +32,8 @@ from pathlib import Path
 class Args:
     checkpoints: bool = True
     breaks: bool = False
-    dies: bool = False
+    dies: int = 0
+    logs: bool = False
     pause: float = 0
     beta: float = 0
 
@@ -60,11 +61,21 @@ while step < total:
         (run / "checkpoint.pt").write_text(f"{total} {step}")
     if step == total // 2 and flags.get("--breaks") == "True":
         sys.exit("it broke")
-    if step == total // 2 and flags.get("--dies") == "True" and len(tries.read_text()) == 1:
+    if step == int(flags.get("--dies", 0)) and len(tries.read_text()) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if stop:
         sys.exit(143)
-print(f"final score at {step} steps: {flags['--seed']}.00 ± 0.00 (1 episodes)")
+print(f"final score at {step} steps: {flags['--seed']}.00 ± 0.00 (1 episodes)", flush=True)
+if int(flags.get("--dies", 0)) > total and len(tries.read_text()) == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if flags.get("--logs") == "True":
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    writer = EventFileWriter(str(run))
+    value = Summary.Value(tag="eval/episodic_return", simple_value=float(flags["--seed"]))
+    writer.add_event(Event(wall_time=0, step=step, summary=Summary(value=[value])))
+    writer.close()
 '''
 
 STUDY = """
@@ -279,9 +290,12 @@ def test_crashed_runs_are_reported_and_the_others_go_on(tmp_path):
     assert begun_at(folder / "B__E__clean__seed-1") == [0]  # tried again only by a new `run`
 
 
-@pytest.mark.parametrize("checkpoints, begins", [("True", [0, 50]), ("False", [0, 0])])
-def test_a_run_that_is_killed_is_recovered(tmp_path, checkpoints, begins):
-    text = STUDY.replace("--checkpoints True", f"--checkpoints {checkpoints} --dies True")
+@pytest.mark.parametrize(
+    "checkpoints, dies, begins",
+    [("True", 50, [0, 50]), ("False", 50, [0, 0]), ("True", 101, [0, 100])],  # 101: it says its score, which is lost
+)
+def test_a_run_that_is_killed_is_recovered(tmp_path, checkpoints, dies, begins):
+    text = STUDY.replace("--checkpoints True", f"--checkpoints {checkpoints} --dies {dies}")
     text = text.replace("seeds = 2", "seeds = 1")
     assert call(tmp_path, "run", write_study(tmp_path, text)).returncode == 0
     cell = tmp_path / "studies/small/A__E__clean__seed-1"
@@ -309,7 +323,8 @@ def test_a_study_that_is_stopped_continues(tmp_path):
 
 def test_a_study_that_is_killed_repeats_nothing(tmp_path):
     """What it left running is waited for, and what was finished stays."""
-    path = write_study(tmp_path, STUDY.replace("pause = 0.01", "pause = 0.1").replace("seeds = 2", "seeds = 4"))
+    text = STUDY.replace("pause = 0.01", "pause = 0.1").replace("seeds = 2", "seeds = 4")
+    path = write_study(tmp_path, text.replace("--checkpoints True", "--checkpoints True --logs True"))
     cells = [tmp_path / f"studies/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3, 4)]
     study = subprocess.Popen(command("run", path, "--workers", 1), cwd=tmp_path, stdout=subprocess.DEVNULL)
     wait_for(lambda: list(cells[1].glob("runs/*/checkpoint.pt")))
@@ -379,7 +394,7 @@ def test_slurm_prints_a_job_array(tmp_path):
 
 def test_ray_recovers_a_lost_worker_and_stops_cleanly(tmp_path):
     text = STUDY.replace("pause = 0.01", "pause = 0.3").replace("seeds = 2", "seeds = 1") + '"B" = "SCRIPT --pause 2"\n'
-    path = write_study(tmp_path, text)
+    path = write_study(tmp_path, text.replace("--checkpoints True", "--checkpoints True --logs True"))
     lost, stopped = (tmp_path / f"studies/small/{method}__E__clean__seed-1" for method in "AB")
     study = subprocess.Popen(command("run", path, "--ray", "local", "--workers", 2), cwd=tmp_path,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
