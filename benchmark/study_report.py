@@ -191,8 +191,8 @@ def report(study: Study, folder: Path, command: str) -> None:
     sections = [head(results, command), raw_scores(results), raw_differences(results)]
     if study.clean and len(study.conditions) > 1:
         sections.append(losses_by_noise(results))
-    sections += [aggregates(results), measured_coverage(results), spreads(results), sign_flips(results)]
-    sections.append(figures(results))
+    sections += [aggregates(results), measured_coverage(results), spreads(results), weights(results)]
+    sections += [sign_flips(results), figures(results)]
     (folder / "report.md").write_text("\n\n".join(filter(None, sections)) + "\n")
     print(folder / "report.md")
 
@@ -246,6 +246,11 @@ def raw_scores(results: Results) -> str:
 
 def method_pairs(study: Study) -> list[tuple[str, str]]:
     return [(a, b) for a, b in study.comparisons if a in study.methods and b in study.methods]
+
+
+def drawn_methods(study: Study) -> list[str]:
+    """Those that are not one of many settings in a grid."""
+    return [method for method in study.methods if all(method not in members for members in study.families.values())]
 
 
 def raw_differences(results: Results) -> str:
@@ -383,6 +388,23 @@ def spreads(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def weights(results: Results) -> str:
+    """Whether the controls do what they are for."""
+    study, rows = results.study, []
+    for method in drawn_methods(study):
+        cells = []
+        for env_id in study.environments:
+            found = [results.weights.get((method, env_id, condition)) for condition in study.conditions]
+            cells.append(", ".join(f"{np.mean(values):.3g}" if values else "–" for values in found))
+        rows.append([method, *cells])
+    if not rows:
+        return ""
+    text = (f"The mean factor on the plain policy gradient that the runs logged, by condition "
+            f"({', '.join(study.conditions)}). A control has the one of the method that it is for, if pilot runs on "
+            f"other seeds were enough to know it.")
+    return "\n\n".join(["## Mean weights", text, table(["method", *study.environments], rows)])
+
+
 FLIPS = dict(flips_noise="by noise", flips_normalization="by normalisation")
 
 
@@ -414,8 +436,7 @@ def sign_flips(results: Results) -> str:
 def figures(results: Results) -> str:
     """Draws what there is to draw; returns the section that shows it."""
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    study, shown = results.study, []
-    drawn = [method for method in study.methods if all(method not in members for members in study.families.values())]
+    study, shown, drawn = results.study, [], drawn_methods(results.study)
     if drawn:
         learning_curves(results, drawn)
         shown.append(("learning_curves", "Mean raw return of the evaluations over seeds, with its t interval at every "

@@ -641,7 +641,7 @@ def reported(tmp_path):
     for (method, env_id, condition), scores in SCORES.items():
         for seed, score in enumerate(scores, 1):
             key = f"{method},{env_id},{condition},{seed},0"
-            runs.append(f"{key},96,{score},1,0.1,{0.3 + seed / 100},x.py --total-timesteps 100 --seed {seed}")
+            runs.append(f"{key},96,{score},{seed},0.1,{0.3 + seed / 100},x.py --total-timesteps 100 --seed {seed}")
             points += [f"{key},48,{score / 2}", f"{key},96,{score}"]
     (folder / "runs.csv").write_text("\n".join(runs) + "\n")
     (folder / "evaluations.csv").write_text("\n".join(points) + "\n")
@@ -684,6 +684,7 @@ def test_the_report_says_what_the_tables_hold(reported, monkeypatch):
     assert re.search(rf"\| B − A \| clean \| 3, 3 \| \+1.50 \(.*?\) \| [\w ]+ \| {wins:.2f} \(", text)
     assert "1,000 synthetic studies with this one's 2 seeds and 2 tasks" in text
     assert "| E | clean | 6 | 0.100 | 0.320 |" in text
+    assert "| A | 2, 2 | 2, 2 | 2, 2 |\n| B | 2, 2 | 2, 1.5 | 2, 2 |" in text  # mean weights
     for figure in re.findall(r"\]\((.*\.png)\)", text):
         assert (folder / figure).exists()
     assert "learning_curves.png" in text and "profiles.png" in text and "sign_flips.png" in text
