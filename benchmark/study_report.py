@@ -127,6 +127,11 @@ def higher(a: str, b: str) -> tuple[str, str]:
     return f"{a} higher", f"{b} higher"
 
 
+def less_lost(a: str, b: str) -> tuple[str, str]:
+    """For what a loses minus what b loses."""
+    return f"{b} loses less", f"{a} loses less"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -286,7 +291,7 @@ def losses_by_noise(results: Results) -> str:
                     losses = [contrast([(1, groups[i]), (-1, groups[i + 1])]) for i in (0, 2)]
                     gap = contrast(list(zip((1, -1, -1, 1), groups)))
                     rows.append([f"{a}, {b}", env_id, condition, *map(interval, losses), interval(gap, sign="+"),
-                                 verdict(gap, (f"{b} loses less", f"{a} loses less"))])
+                                 verdict(gap, less_lost(a, b))])
     text = (f"Score without noise ({study.clean}) minus score with it, for both methods, and the difference of these "
             f"losses. The second method is the more robust one where it is positive, whatever the scores (Welch t "
             f"intervals).")
@@ -326,7 +331,7 @@ def aggregates(results: Results) -> str:
             if condition != study.clean and before[0] is not None and before[1] is not None:
                 loss = bootstrap(iqm_contrast(1, -1, -1, 1), before[0], x, before[1], y)
                 noise_rows.append([f"{a}, {b}", condition, interval(loss, two, "+"),
-                                   verdict(loss, (f"{b} loses less", f"{a} loses less"))])
+                                   verdict(loss, less_lost(a, b))])
     header = ["difference", "condition", "seeds", "of IQMs", "verdict", "probability of improvement", "verdict"]
     parts.append(table(header, rows) if rows else "No comparison has two seeds of both methods on all tasks yet.")
     if noise_rows:
