@@ -1,0 +1,144 @@
+"""What the runs of a study logged, as tables: `runs.csv`, `evaluations.csv`, `random.csv`, and the pilots' w̄."""
+
+import csv
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from study_file import ROOT, Study
+
+TAGS = dict(mean_weight="losses/mean_weight", flips_noise="advantage/sign_flips_noise",
+            flips_normalization="advantage/sign_flips_normalization")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Whole or not at all, whatever happens when."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All points of a cell's TensorBoard files, (step, value) by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes seconds
+
+    (run,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def is_logged(folder: Path, step: int) -> bool:
+    """Whether a cell's TensorBoard files reach to the evaluation at this step."""
+    return any((folder / "runs").glob("*")) and scalars(folder).get("eval/episodic_return", [(0, 0)])[-1][0] == step
+
+
+def mean_weights(study: Study, folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """w̄ by (environment, condition) and method: the mean over all points of all pilot runs, once these are finished.
+
+    Kept in `pilots.json`; what stands there is not computed again, since finished runs rest on it.
+    """
+    path = folder / "pilots.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    known = {(row["environment"], row["condition"], row["method"]) for row in rows}
+    groups: dict[tuple, list] = {}
+    for cell in study.cells:
+        if cell.pilot:
+            groups.setdefault((cell.env_id, cell.condition, cell.method), []).append(cell)
+    for key, cells in groups.items():
+        if key not in known and all((folder / cell.name / "done.json").exists() for cell in cells):
+            runs = [scalars(folder / cell.name)["losses/mean_weight"] for cell in cells]
+            weight = mean([mean([value for _, value in points]) for points in runs])
+            rows.append(dict(zip(("environment", "condition", "method"), key), mean_weight=f"{weight:.4g}",
+                             seeds=[cell.seed for cell in cells]))
+    if len(rows) > len(known):
+        write_atomically(path, json.dumps(rows, indent=1) + "\n")
+    weights: dict = {}
+    for row in rows:
+        weights.setdefault((row["environment"], row["condition"]), {})[row["method"]] = row["mean_weight"]
+    return weights
+
+
+def collect(study: Study, folder: Path, results: Path) -> None:
+    """Writes `runs.csv`, a row per finished run, and `evaluations.csv`, a row per evaluation of each.
+
+    Sign flips and mean weights are means over a run's points, and over those since the evaluation before."""
+    runs, evaluations = [], []
+    for cell in study.cells:
+        if not (folder / cell.name / "done.json").exists():
+            continue
+        record = json.loads((folder / cell.name / "done.json").read_text())
+        points = scalars(folder / cell.name)
+        key = dict(method=cell.method, environment=cell.env_id, condition=cell.condition, seed=cell.seed,
+                   pilot=int(cell.pilot))
+        before = 0
+        for step, score in points["eval/episodic_return"]:
+            since = {name: mean([value for at, value in points[tag] if before < at <= step])
+                     for name, tag in TAGS.items()}
+            evaluations.append(key | dict(step=step, score=score) | since)
+            before = step
+        whole = {name: mean([value for _, value in points[tag]]) for name, tag in TAGS.items()}
+        runs.append(key | dict(steps=step, score=score) | whole
+                    | dict(seconds=record["seconds"], attempts=record["attempts"], command=record["command"]))
+    results.mkdir(parents=True, exist_ok=True)
+    write_table(results / "runs.csv", runs)
+    write_table(results / "evaluations.csv", evaluations)
+    random_scores(study, results)
+    print(f"{len(runs)} of {len(study.cells)} runs and {len(evaluations)} evaluations in {results}")
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ["method"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def random_scores(study: Study, results: Path) -> None:
+    """Adds to `random.csv` the environments whose uniform policy was not played yet, 100 episodes each."""
+    path = results / "random.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    results.mkdir(parents=True, exist_ok=True)
+    for env_id in study.environments:
+        if all(row["environment"] != env_id for row in rows):
+            returns = play_uniformly(env_id, 100)
+            std = mean([(value - mean(returns)) ** 2 for value in returns]) ** 0.5
+            rows.append(dict(environment=env_id, episodes=len(returns), mean=mean(returns), std=std))
+            write_table(path, rows)
+
+
+def play_uniformly(env_id: str, episodes: int) -> list[float]:
+    """Raw returns of the policy that draws every action uniformly; always the same episodes."""
+    import gymnasium as gym
+    import numpy as np
+
+    sys.path.insert(0, str(ROOT))
+    import ppo_baseline
+
+    if ppo_baseline.is_atari(env_id):  # games side by side; the first one of each counts
+        games = ppo_baseline.Games(env_id, ppo_baseline.game_seeds(np.random.SeedSequence(0), episodes), 0.0)
+        rng, scores = np.random.default_rng(0), np.full(episodes, np.nan)
+        while np.isnan(scores).any():
+            games.step(rng.integers(games.num_actions, size=episodes))
+            scores = np.where(games.over & np.isnan(scores), games.score, scores)
+        return scores.tolist()
+    env = gym.make(env_id)
+    env.action_space.seed(0)
+    returns = []
+    for episode in range(episodes):
+        env.reset(seed=0 if episode == 0 else None)
+        total, over = 0.0, False
+        while not over:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    env.close()
+    return returns

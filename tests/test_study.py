@@ -1,0 +1,722 @@
+"""Studies: what a file means, that runs survive what happens to them, and that the report's numbers are right."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import study_report
+from rliable import metrics
+from scipy import stats
+from study import steps_so_far
+from study_file import STUDIES, StudyError, flags_of, load
+from study_report import Results, bootstrap, contrast, coverage, improvement, iqm_contrast, iqms, spread, verdict
+from study_results import mean_weights, scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+ROOT = Path(__file__).parent.parent
+
+# A script with the scripts' command line, output, checkpoints and signals, that trains nothing.
+STAND_IN = '''
+import os, signal, sys, time
+from pathlib import Path
+
+class Args:
+    checkpoints: bool = True
+    breaks: bool = False
+    dies: int = 0
+    logs: bool = False
+    pause: float = 0
+    beta: float = 0
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--resume" in flags:
+    run = Path(flags["--resume"])
+    total, step = map(int, (run / "checkpoint.pt").read_text().split())
+    first = False
+else:
+    run, total, step, first = Path(f"runs/{flags['--env-id']}__stand_in__{flags['--seed']}__0"), 100, 0, True
+    total = int(flags["--total-timesteps"])
+    run.mkdir(parents=True)
+    (run / "flags").write_text(repr(flags))
+flags = eval((run / "flags").read_text())
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+print("begins at", step, "child of", os.getppid(), flush=True)
+tries = Path("tries")
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+while step < total:
+    time.sleep(float(flags.get("--pause", 0)))
+    step += 10
+    print(f"{step} steps, 100 SPS, 0 min left, return 1.0", flush=True)
+    if flags.get("--checkpoints") == "True":
+        (run / "checkpoint.pt").write_text(f"{total} {step}")
+    if step == total // 2 and flags.get("--breaks") == "True":
+        sys.exit("it broke")
+    if step == int(flags.get("--dies", 0)) and len(tries.read_text()) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if stop:
+        sys.exit(143)
+print(f"final score at {step} steps: {flags['--seed']}.00 ± 0.00 (1 episodes)", flush=True)
+if int(flags.get("--dies", 0)) > total and len(tries.read_text()) == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if flags.get("--logs") == "True":
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    writer = EventFileWriter(str(run))
+    value = Summary.Value(tag="eval/episodic_return", simple_value=float(flags["--seed"]))
+    writer.add_event(Event(wall_time=0, step=step, summary=Summary(value=[value])))
+    writer.close()
+'''
+
+STUDY = """
+question = "Does it work?"
+beta = "Not used."
+steps = 100
+seeds = 2
+flags = "--pause {pause} --checkpoints True"
+reference = "A"
+[values]
+pause = 0.01
+[environments]
+"E" = {}
+[conditions]
+"clean" = ""
+[methods]
+"A" = "SCRIPT"
+"""
+
+
+def write_study(folder: Path, text: str = STUDY, name: str = "small") -> Path:
+    (folder / "stand_in.py").write_text(STAND_IN)
+    (folder / f"{name}.toml").write_text(text.replace("SCRIPT", str(folder / "stand_in.py")))
+    return folder / f"{name}.toml"
+
+
+def command(*words) -> list[str]:
+    return [sys.executable, str(ROOT / "benchmark/study.py"), *map(str, words)]
+
+
+def call(folder: Path, *words) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*words), cwd=folder, capture_output=True, text=True)
+
+
+def begun_at(cell: Path) -> list[int]:
+    """The steps at which each start of a stand-in began."""
+    return [int(step) for step in re.findall(r"begins at (\d+)", (cell / "log.txt").read_text())]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it does not happen"
+        time.sleep(0.02)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------------------------- the study file
+
+FULL = """
+question = "?"
+beta = "by hand"
+steps = 1000
+seeds = [3, 4]
+flags = "--eval-episodes 2"
+reference = "PPO"
+comparisons = [["DSPPO", "PPO"], ["weighted", "PPO"]]
+[values]
+alpha = 0.5
+[environments]
+"Hopper-v5" = { beta = 20.0 }
+"CartPole-v1" = { beta = 2.0, steps = 3000 }
+[conditions]
+"clean" = ""
+"noise" = "--reward-noise 0.05"
+[methods]
+"PPO" = "ppo_baseline.py"
+"DSPPO" = "sppo_continuous.py --alpha {alpha} --beta {beta}"
+"matched" = "ppo_baseline.py --pg-coef {matched}"
+"mean" = "ppo_baseline.py --pg-coef {mean_weight[DSPPO]}"
+"weighted" = "ppo_baseline.py --pg-coef {k} --clip-coef {c}"
+[grid]
+k = [1.5, 2]
+c = [0.1, 0.2]
+[pilot]
+seeds = [101]
+[scale.tiny]
+steps = 7
+seeds = 1
+flags = ""
+environments = ["CartPole-v1"]
+conditions = ["clean"]
+methods = ["PPO", "matched"]
+"""
+
+
+def test_a_study_is_every_method_environment_condition_and_seed(tmp_path):
+    study = load(str(write_study(tmp_path, FULL)))
+    pilots = [cell for cell in study.cells if cell.pilot]
+    cells = [cell for cell in study.cells if not cell.pilot]
+    assert study.cells == pilots + cells
+    assert {(c.method, c.seed) for c in pilots} == {("DSPPO", 101)} and len(pilots) == 2 * 2
+    grid = [f"weighted k={k} c={c}" for k in ("1.5", "2") for c in ("0.1", "0.2")]
+    assert study.methods == ["PPO", "DSPPO", "matched", "mean", *grid] and study.families == {"weighted": grid}
+    assert len({c.name for c in study.cells}) == len(study.cells) and len(cells) == 8 * 2 * 2 * 2
+    assert [cell.seed for cell in cells] == [3] * 32 + [4] * 32
+    weights = {("CartPole-v1", "noise"): {"DSPPO": "1.234"}}
+    commands = {(c.method, c.env_id, c.condition, c.seed): c.command(weights) for c in cells}
+    common = "--env-id CartPole-v1 --seed 3 --total-timesteps 3000 --eval-episodes 2"
+    for method, expected in {
+        "PPO": f"ppo_baseline.py {common} --reward-noise 0.05",
+        "DSPPO": f"sppo_continuous.py {common} --alpha 0.5 --beta 2.0 --reward-noise 0.05",
+        "matched": f"ppo_baseline.py {common} --pg-coef 2.5 --reward-noise 0.05",
+        "mean": f"ppo_baseline.py {common} --pg-coef 1.234 --reward-noise 0.05",
+        "weighted k=2 c=0.1": f"ppo_baseline.py {common} --pg-coef 2 --clip-coef 0.1 --reward-noise 0.05",
+    }.items():
+        assert commands[method, "CartPole-v1", "noise", 3] == expected
+    assert commands["mean", "CartPole-v1", "clean", 3] is None  # its pilots are not finished
+    hopper = "ppo_baseline.py --env-id Hopper-v5 --seed 4 --total-timesteps 1000 --eval-episodes 2 --pg-coef 20.5"
+    assert commands["matched", "Hopper-v5", "clean", 4] == hopper
+
+
+def test_a_scale_is_a_smaller_study(tmp_path):
+    study = load(str(write_study(tmp_path, FULL)), "tiny")
+    assert study.name == "small-tiny" and study.comparisons == []
+    assert [cell.command({}) for cell in study.cells] == [
+        "ppo_baseline.py --env-id CartPole-v1 --seed 1 --total-timesteps 7",
+        "ppo_baseline.py --env-id CartPole-v1 --seed 1 --total-timesteps 7 --pg-coef 2.5",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_that_are_here(path):
+    """They load at every scale, say how β was fixed, and compare at two seeds or more."""
+    if "survival-bonus" in path.read_text() and "survival_bonus" not in flags_of("ppo_baseline.py"):
+        pytest.skip("the scripts have no --survival-bonus yet")
+    assert path.read_text().startswith("# ") and "β" in path.read_text().split("\nquestion")[0]
+    scales = [None, *re.findall(r"^\[scale\.(\w+)\]", path.read_text(), re.MULTILINE)]
+    assert path.stem == "smoke" or len(scales) > 1
+    for scale in scales:
+        study = load(path.stem, scale)
+        assert study.clean and study.comparisons and len(study.seeds) >= 2 and study.reference in study.methods
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("steps = 1000", ""), "it does not say: steps"),
+        (("steps = 1000", "steps = 'many'"), "steps must be a number"),
+        (("steps = 3000", "steps = 0"), "steps must be a positive number"),
+        (("steps = 1000", "step = 1000"), "did you mean 'steps'?"),
+        (("seeds = [3, 4]", "seeds = [3, 3]"), "seeds must be"),
+        (("seeds = [3, 4]", "seeds = [3, 101]"), r"pilot seeds must be other ones than the study's; shared: \[101\]"),
+        (("seeds = [101]", ""), "pilot seeds must be"),
+        (("[DSPPO]", "[SPPO]"), "there is no method 'SPPO'"),
+        (("{beta}", "{betta}"), "there is no value 'betta'"),
+        (("sppo_continuous.py", "spo.py"), "there is no script 'spo.py'"),
+        (("--alpha", "--alfa"), "sppo_continuous.py has no flag --alfa"),
+        (("--eval-episodes 2", "--seed 2"), "--seed is set by the study"),
+        (('reference = "PPO"', 'reference = "A2C"'), "reference: there is no method 'A2C'"),
+        (('["DSPPO", "PPO"]', '["DSPPO"]'), "a comparison is a pair"),
+        (('["DSPPO", "PPO"]', '["DSPPO", "A2C"]'), "a comparison is a pair"),
+        (('"clean" = ""', '"noise " = ""\n"noise-" = ""'), "the same name"),
+        (('methods = ["PPO"', 'methods = ["DDPO"'), "method 'DDPO' is not in the file"),
+        (("[methods]", "[methods"), "cannot be read"),
+        (("question", "\udcff"), "cannot be read"),
+    ],
+)
+def test_a_bad_study_file_gives_a_clear_line(tmp_path, change, message):
+    path = write_study(tmp_path, FULL)
+    assert change[0] in path.read_text()
+    path.write_bytes(path.read_text().replace(*change).encode(errors="surrogateescape"))
+    with pytest.raises(StudyError, match=message) as error:
+        load(str(path), "tiny" if "scale" in message or "DDPO" in message else None)
+    assert "\n" not in str(error.value) and "small.toml" in str(error.value)
+
+
+def test_a_bad_call_gives_one_line_and_status_2(tmp_path):
+    path = write_study(tmp_path, STUDY + "[typo]\n")
+    good = write_study(tmp_path, name="good")
+    for words in (["run", path], ["run", "nothing"], ["run", good, "--scale", "big"], ["run", good, "--cell", 9],
+                  ["run", good, "--workers", 0]):
+        result = call(tmp_path, *words)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.stderr.startswith("study.py: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_study_runs_and_repeats_nothing(tmp_path):
+    path = write_study(tmp_path)
+    assert call(tmp_path, "run", path, "--workers", 2).returncode == 0
+    cells = sorted((tmp_path / "studies/small").iterdir())
+    assert [cell.name for cell in cells] == ["A__E__clean__seed-1", "A__E__clean__seed-2"]
+    for seed, cell in enumerate(cells, 1):
+        record = json.loads((cell / "done.json").read_text())
+        assert record["steps"] == 100 and record["score"] == seed and record["attempts"] == 1
+        assert 0 < record["seconds"] < 60 and record["command"] == (cell / "command.txt").read_text()
+        assert f"--seed {seed} --total-timesteps 100 --pause 0.01" in record["command"]
+        files = {"command.txt", "done.json", "lock", "log.txt", "runs", "tries"}
+        assert {path.name for path in cell.iterdir()} == files
+    again = call(tmp_path, "run", path)
+    assert again.returncode == 0 and "2 of 2 runs finished" in again.stdout
+    assert all(begun_at(cell) == [0] for cell in cells)
+
+
+def test_crashed_runs_are_reported_and_the_others_go_on(tmp_path):
+    """With a real script that refuses its flags; the stand-in breaks in the middle, after a checkpoint."""
+    text = STUDY + '"B" = "SCRIPT --breaks True"\n' + '"C" = "ppo_baseline.py"\n'
+    text = text.replace('flags = "--pause {pause} --checkpoints True"', 'flags = ""').replace("seeds = 2", "seeds = 1")
+    result = call(tmp_path, "run", write_study(tmp_path, text), "--workers", 3)
+    folder = tmp_path / "studies/small"
+    assert result.returncode == 1 and "1 of 3 runs finished" in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2 and (folder / "A__E__clean__seed-1/done.json").exists()
+    assert "B__E__clean__seed-1: exit status 1: it broke" in lines[0]
+    assert "C__E__clean__seed-1: exit status 2: ppo_baseline.py: --env-id E is not known" in lines[1]
+    assert begun_at(folder / "B__E__clean__seed-1") == [0]  # tried again only by a new `run`
+
+
+@pytest.mark.parametrize(
+    "checkpoints, dies, begins",
+    [("True", 50, [0, 50]), ("False", 50, [0, 0]), ("True", 101, [0, 100])],  # 101: it says its score, which is lost
+)
+def test_a_run_that_is_killed_is_recovered(tmp_path, checkpoints, dies, begins):
+    text = STUDY.replace("--checkpoints True", f"--checkpoints {checkpoints} --dies {dies}")
+    text = text.replace("seeds = 2", "seeds = 1")
+    assert call(tmp_path, "run", write_study(tmp_path, text)).returncode == 0
+    cell = tmp_path / "studies/small/A__E__clean__seed-1"
+    assert begun_at(cell) == begins and json.loads((cell / "done.json").read_text())["attempts"] == 2
+
+
+def test_a_study_that_is_stopped_continues(tmp_path):
+    """SIGTERM is passed on, nothing new is begun; the next call resumes what has a checkpoint."""
+    path = write_study(tmp_path, STUDY.replace("pause = 0.01", "pause = 0.1").replace("seeds = 2", "seeds = 3"))
+    first, second, third = (tmp_path / f"studies/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3))
+    study = subprocess.Popen(command("run", path, "--workers", 2), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    wait_for(lambda: all(list(cell.glob("runs/*/checkpoint.pt")) for cell in (first, second)))
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(20) == 143
+    assert not third.exists() or not (third / "log.txt").exists()
+    assert not any((cell / "done.json").exists() for cell in (first, second))
+    cell = load(str(path)).cells[0]
+    assert 0 < steps_so_far(cell, first) < 100
+    assert call(tmp_path, "run", path, "--workers", 3).returncode == 0
+    for cell in (first, second):
+        before, after = begun_at(cell)
+        assert before == 0 < after < 100
+    assert begun_at(third) == [0]
+
+
+def test_a_study_that_is_killed_repeats_nothing(tmp_path):
+    """What it left running is waited for, and what was finished stays."""
+    text = STUDY.replace("pause = 0.01", "pause = 0.1").replace("seeds = 2", "seeds = 4")
+    path = write_study(tmp_path, text.replace("--checkpoints True", "--checkpoints True --logs True"))
+    cells = [tmp_path / f"studies/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3, 4)]
+    study = subprocess.Popen(command("run", path, "--workers", 1), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(cells[1].glob("runs/*/checkpoint.pt")))
+    kill(study.pid)
+    study.wait()
+    finished = (cells[0] / "done.json").stat().st_mtime_ns
+    assert call(tmp_path, "run", path, "--workers", 4).returncode == 0
+    assert (cells[0] / "done.json").stat().st_mtime_ns == finished
+    assert [begun_at(cell) for cell in cells] == [[0]] * 4
+    record = json.loads((cells[1] / "done.json").read_text())
+    assert record["attempts"] == 1 and record["seconds"] > 0.9  # all of it, although it was only seen to its end
+
+
+def test_two_calls_share_the_work(tmp_path):
+    path = write_study(tmp_path, STUDY.replace("seeds = 2", "seeds = 6").replace("pause = 0.01", "pause = 0.03"))
+    calls = [subprocess.Popen(command("run", path, "--workers", 3), cwd=tmp_path, stdout=subprocess.DEVNULL)
+             for _ in range(2)]
+    assert [process.wait() for process in calls] == [0, 0]
+    assert all(begun_at(cell) == [0] for cell in (tmp_path / "studies/small").iterdir())
+
+
+def test_other_flags_are_another_run(tmp_path):
+    """One that was begun with other flags starts anew; one that was finished is not thrown away silently."""
+    path = write_study(tmp_path, STUDY.replace("[methods]", '[methods]\n"B" = "SCRIPT --breaks True"'))
+    assert call(tmp_path, "run", path).returncode == 1
+    path.write_text(path.read_text().replace("--breaks True", "--beta 1"))
+    assert call(tmp_path, "run", path).returncode == 0
+    broken = tmp_path / "studies/small/B__E__clean__seed-1"
+    assert begun_at(broken) == [0] and "it broke" not in (broken / "log.txt").read_text()
+    path.write_text(path.read_text().replace("--beta 1", "--beta 2"))
+    result = call(tmp_path, "run", path)
+    assert result.returncode == 2 and "was finished with other flags" in result.stderr
+
+
+def test_dry_run_lists_the_commands_and_the_time(tmp_path):
+    path = write_study(tmp_path, STUDY.replace("steps = 100", "steps = 1_080_000"))
+    lines = call(tmp_path, "run", path, "--dry-run").stdout.splitlines()
+    assert lines[0].startswith("0 to do A__E__clean__seed-1: ") and "--seed 1 --total-timesteps 1080000" in lines[0]
+    assert lines[2] == ("2 of 2 runs to do: about 1.0 hours with 1 at a time (the speed of 2 of them is a guess)")
+    cell = tmp_path / "studies/small/A__E__clean__seed-1"
+    cell.mkdir(parents=True)
+    record = dict(command=lines[0].partition(": ")[2], steps=1_080_000, score=1, seconds=10_800, attempts=1)
+    (cell / "done.json").write_text(json.dumps(record))
+    lines = call(tmp_path, "run", path, "--dry-run", "--workers", 2).stdout.splitlines()
+    assert lines[0].startswith("0 done") and lines[1].startswith("1 to do")
+    assert lines[2] == "1 of 2 runs to do: about 1.5 hours with 2 at a time (from the speed of finished runs)"
+    assert {path.name for path in (tmp_path / "studies/small").iterdir()} == {cell.name}  # nothing was begun
+
+
+def test_slurm_prints_a_job_array(tmp_path):
+    path = write_study(tmp_path, FULL)
+    script = call(tmp_path, "run", path, "--slurm", "--threads", 2).stdout
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert "#SBATCH --cpus-per-task=2\n" in script
+    assert "pilots=$(sbatch --parsable --array=0-3 job.sh)" in script
+    assert "sbatch --dependency=afterok:$pilots --array=4-67 job.sh" in script
+    # Its last line runs one cell, from any folder.
+    small = write_study(tmp_path)
+    script = call(tmp_path, "run", small, "--slurm").stdout
+    assert "sbatch --array=0-1 job.sh" in script
+    (tmp_path / "elsewhere").mkdir()
+    job = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path / "elsewhere",
+                         env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"})
+    assert job.returncode == 0
+    assert [cell.parent.name for cell in (tmp_path / "studies/small").glob("*/done.json")] == ["A__E__clean__seed-2"]
+
+
+def test_ray_recovers_a_lost_worker_and_stops_cleanly(tmp_path):
+    text = STUDY.replace("pause = 0.01", "pause = 0.3").replace("seeds = 2", "seeds = 1") + '"B" = "SCRIPT --pause 2"\n'
+    path = write_study(tmp_path, text.replace("--checkpoints True", "--checkpoints True --logs True"))
+    lost, stopped = (tmp_path / f"studies/small/{method}__E__clean__seed-1" for method in "AB")
+    study = subprocess.Popen(command("run", path, "--ray", "local", "--workers", 2), cwd=tmp_path,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: all(list(cell.glob("runs/*/checkpoint.pt")) for cell in (lost, stopped)))
+    (child,) = re.findall(r"child of (\d+)", (lost / "log.txt").read_text())
+    worker = int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    assert "ray::task" in Path(f"/proc/{worker}/cmdline").read_text()
+    kill(worker)
+    wait_for((lost / "done.json").exists)
+    assert 0 not in begun_at(lost)[1:]  # its script was waited for, or resumed
+    study.send_signal(signal.SIGINT)
+    assert study.wait(30) == 130 and not (stopped / "done.json").exists()
+    steps = (stopped / "log.txt").read_text()
+    time.sleep(3)
+    assert (stopped / "log.txt").read_text() == steps  # nothing goes on
+
+
+# -------------------------------------------------------------------------------------- the real scripts, a whole study
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """`smoke`, killed in the middle and continued. Folder, and when each cell that was finished before had been so."""
+    folder = tmp_path_factory.mktemp("smoke")
+    study = subprocess.Popen(command("run", "smoke", "--workers", 2), cwd=folder, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(list(folder.glob("studies/smoke/*/done.json"))) >= 2, 120)
+    kill(study.pid)
+    study.wait()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("studies/smoke/*/done.json")}
+    for words in (["run", "smoke", "--workers", 2], ["collect", "smoke"], ["report", "smoke"]):
+        result = call(folder, *words)
+        assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    return folder / "studies/smoke", before
+
+
+def test_smoke_survives_and_repeats_nothing(smoke):
+    folder, before = smoke
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and len(before) < 7
+    study = load("smoke")
+    assert {path.parent.name for path in folder.glob("*/done.json")} == {cell.name for cell in study.cells}
+    for cell in study.cells:
+        log = (folder / cell.name / "log.txt").read_text()
+        assert log.count("[study]") == 1 and len(list((folder / cell.name / "runs").iterdir())) == 1
+
+
+def test_smoke_measures_the_mean_weight_in_its_pilot(smoke):
+    folder, _ = smoke
+    study = load("smoke")
+    (run,) = (folder / "pilot-DSPPO-plain__CartPole-v1__clean__seed-101/runs").iterdir()
+    points = EventAccumulator(str(run)).Reload().Scalars("losses/mean_weight")
+    weight = f"{np.mean([point.value for point in points]):.4g}"
+    assert mean_weights(study, folder) == {("CartPole-v1", "clean"): {"DSPPO plain": weight}}
+    record = json.loads((folder / "PPO-mean-weight__CartPole-v1__clean__seed-1/done.json").read_text())
+    assert record["command"].endswith(f"--pg-coef {weight}") and 0.5 < float(weight) < 20.5
+
+
+def test_smoke_is_collected_as_it_was_logged(smoke):
+    folder, _ = smoke
+    runs, evaluations = (list(csv.DictReader((folder / "results" / name).open()))
+                         for name in ("runs.csv", "evaluations.csv"))
+    assert len(runs) == 7 and len(evaluations) == 14 and sum(row["pilot"] == "1" for row in runs) == 1
+    for row in runs:
+        method = ("pilot " * int(row["pilot"]) + row["method"]).replace(" ", "-")
+        cell = folder / f"{method}__CartPole-v1__clean__seed-{row['seed']}"
+        (run,) = (cell / "runs").iterdir()
+        events = EventAccumulator(str(run)).Reload()
+        logged = [(point.step, point.value) for point in events.Scalars("eval/episodic_return")]
+        table = [(int(e["step"]), float(e["score"])) for e in evaluations
+                 if all(e[key] == row[key] for key in ("method", "seed", "pilot"))]
+        np.testing.assert_allclose(table, logged, rtol=1e-6)
+        assert [step for step, _ in table] == [1024, 2048] and float(row["score"]) == table[-1][1]
+        printed = re.search(r"final score at 2048 steps: (\S+)", (cell / "log.txt").read_text())[1]
+        assert float(printed) == pytest.approx(float(row["score"]), abs=0.006)
+        for name, tag in (("mean_weight", "losses/mean_weight"),
+                          ("flips_normalization", "advantage/sign_flips_normalization")):
+            values = [point.value for point in events.Scalars(tag)]
+            assert float(row[name]) == pytest.approx(np.mean(values), rel=1e-5) and len(values) == 4
+            halves = [float(e[name]) for e in evaluations if all(e[k] == row[k] for k in ("method", "seed", "pilot"))]
+            np.testing.assert_allclose(halves, [np.mean(values[:2]), np.mean(values[2:])], rtol=1e-5)
+        assert float(row["flips_noise"]) == 0
+
+
+def test_smoke_is_reported(smoke):
+    folder, _ = smoke
+    text = (folder / "results/report.md").read_text()
+    assert "6 runs: 3 methods, 1 environment, 1 condition (clean), 2 seeds each, 2,048 environment steps" in text
+    assert "All of its runs are finished" in text and text.index("## Scores") < text.index("## Aggregates")
+    assert "| uniform policy, 100 episodes | 2" in text  # about 22 steps
+    for figure in re.findall(r"\]\((.*\.png)\)", text):
+        assert (folder / "results" / figure).stat().st_size > 5000
+
+
+@pytest.mark.skipif("resume" not in flags_of("ppo_baseline.py"), reason="the scripts have no --resume yet")
+def test_a_real_script_is_resumed(tmp_path):
+    text = (STUDIES / "smoke.toml").read_text().split("[pilot]")[0].replace("seeds = 2", "seeds = 1")
+    text = "\n".join(line for line in text.splitlines() if "mean_weight" not in line and "comparisons" not in line)
+    text = text.replace("--eval-interval 1024", "--checkpoint-interval 512").replace("steps = 2048", "steps = 20480")
+    path = tmp_path / "resumed.toml"
+    path.write_text(text)
+    study = subprocess.Popen(command("run", path, "--workers", 2), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "studies/resumed"
+    wait_for(lambda: len(list(folder.glob("*/runs/*/checkpoint.pt"))) == 2)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == 143 and not list(folder.glob("*/done.json"))
+    assert call(tmp_path, "run", path, "--workers", 2).returncode == 0
+    for cell in load(str(path)).cells:
+        record = json.loads((folder / cell.name / "done.json").read_text())
+        assert record["attempts"] == 2 and record["steps"] == 20480
+        steps = [step for step, _ in scalars(folder / cell.name)["losses/value_loss"]]
+        assert steps == list(range(512, 20481, 512))
+
+
+def test_all_points_are_read(tmp_path):
+    """TensorBoard's own reader keeps 10,000 of them, drawn at random."""
+    with SummaryWriter(tmp_path / "runs/one") as writer:
+        for step in range(10_500):
+            writer.add_scalar("a", step, step)
+    assert scalars(tmp_path)["a"] == [(step, step) for step in range(10_500)]
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_the_difference_of_two_means_is_welchs():
+    x, y = np.array([3.0, 5.0, 10.0]), np.array([1.0, 2.0, 2.0, 3.0])
+    value, low, high = contrast([(1, x), (-1, y)])
+    expected = stats.ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
+    np.testing.assert_allclose((value, low, high), (4, expected.low, expected.high))
+    # By hand: variances 13 and 2/3, standard error² 13/3 + 1/6 = 4.5, 4.5² / ((13/3)²/2 + (1/6)²/3) = 2.15468 degrees
+    # of freedom, t = 4.0198.
+    assert (high - low) / 2 == pytest.approx(4.0198 * 4.5**0.5, rel=1e-4)
+
+
+def test_the_mean_of_one_sample_is_students():
+    value, low, high = contrast([(1, np.array([1.0, 2.0, 6.0]))])
+    assert (value, (high - low) / 2) == (3, pytest.approx(4.302653 * (7 / 3) ** 0.5))
+
+
+def test_a_difference_of_differences():
+    """With equal sizes and variances: n − 1 degrees of freedom for each of the four samples, 4·s²/n."""
+    x = np.array([1.0, 2.0, 3.0])
+    value, low, high = contrast([(1, x + 10), (-1, x + 4), (-1, x + 5), (1, x + 1)])
+    assert (value, (high - low) / 2) == (2, pytest.approx(stats.t.ppf(0.975, 8) * (4 / 3) ** 0.5))
+
+
+def test_without_variance_there_is_no_interval():
+    one, same, other = np.array([1.0]), np.full(3, 5.0), np.full(3, 6.0)
+    assert contrast([(1, one), (-1, same)]) == (-4, -np.inf, np.inf)
+    assert contrast([(1, same), (-1, other)]) == (-1, -np.inf, np.inf)
+    assert contrast([(1, same), (-1, same)]) == (0, 0, 0)
+    assert verdict((-1, -np.inf, np.inf), ("up", "down")) == "no verdict"
+
+
+def test_verdicts():
+    words = "up", "down"
+    estimates = (2, 1, 3), (-2, -3, -1), (1, -1, 3), (1, 0, 2)
+    assert [verdict(estimate, words) for estimate in estimates] == ["up", "down", "tie", "tie"]
+    assert verdict((0.7, 0.6, 0.8), words, 0.5) == "up" and verdict((0.7, 0.4, 0.8), words, 0.5) == "tie"
+
+
+def test_interquartile_means_and_improvement():
+    scores = np.array([[1.0, 9.0], [2.0, 3.0], [4.0, 100.0], [-50.0, 5.0]])
+    assert iqm_contrast(1)(scores)[0] == (2 + 3 + 4 + 5) / 4
+    assert iqm_contrast(1, -1)(scores, scores + 1)[0] == -1
+    x, y = np.array([[3.0, 1.0], [1.0, 1.0]]), np.array([[2.0, 1.0], [0.0, 5.0], [2.0, 0.0]])
+    # Task 1: 3 beats all three, 1 beats one: 4/6. Task 2: 1 ties 1, loses to 5, beats 0, twice: 3/6.
+    assert improvement(x, y) == pytest.approx((4 / 6 + 3 / 6) / 2)
+    rng = np.random.default_rng(0)
+    for tasks in (1, 3):
+        x, y = rng.integers(0, 4, (5, tasks)).astype(float), rng.integers(0, 4, (4, tasks)).astype(float)
+        assert improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
+        assert iqms(x[None])[0] == pytest.approx(metrics.aggregate_iqm(x))
+
+
+def test_the_bootstrap_keeps_tasks_apart_and_methods_independent():
+    """Seeds that agree within a task give no interval, however different the tasks are."""
+    scores = np.tile([0.0, 10.0, 30.0, 100.0], (5, 1))
+    assert bootstrap(iqm_contrast(1), scores) == (20, 20, 20)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0, 1, (30, 1)), rng.normal(0, 1, (30, 1))
+    first = bootstrap(iqm_contrast(1, -1), x, y)
+    assert first == bootstrap(iqm_contrast(1, -1), x, y)
+    # A method against itself: two independent samples, not a difference that is always 0.
+    value, low, high = bootstrap(iqm_contrast(1, -1), x, x)
+    assert value == 0 and 0.3 < high < 1.5 and low == pytest.approx(-high, abs=0.15)
+    # Against a bootstrap written out.
+    draws = [iqms(z[rng.integers(30, size=(4000, 30)), 0]) for z in (x, y)]
+    np.testing.assert_allclose(first[1:], np.percentile(draws[0] - draws[1], (2.5, 97.5)), atol=0.1)
+
+
+def test_the_spread_over_settings_leaves_out_what_the_seeds_add():
+    scores = np.array([[0.0, 5.0, 10.0], [2.0, 7.0, 12.0]])  # means 1, 6, 11: variance 25; seeds: 2 / 2
+    assert spread(scores) == pytest.approx(24**0.5)
+    assert spread(np.array([[0.0, 1.0], [1.0, 0.0]])) == 0
+
+
+def test_rank_correlations():
+    x = np.arange(8.0)
+    y = np.array([0.0, 2, 1, 3, 5, 4, 6, 70])  # two neighbours exchanged twice: 1 − 6·4 / (8·63)
+    rho, low, high = study_report.rank_correlation(x, y)
+    assert rho == pytest.approx(1 - 24 / 504)
+    half = 1.959964 * ((1 + rho**2 / 2) / 5) ** 0.5
+    np.testing.assert_allclose((low, high), np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]), rtol=1e-5)
+    assert all(np.isnan(study_report.rank_correlation(*pair)[0]) for pair in ((x[:4], y[:4]), (x, 0 * x)))
+
+
+def test_coverage_without_a_true_difference():
+    measured = coverage(seeds=5, tasks=4, shape="normal", trials=1000)
+    assert 0.94 < measured["raw difference, one task"] < 0.985
+    assert 0.89 < measured["difference of IQMs"] < 0.96 and 0.89 < measured["probability of improvement"] < 0.97
+    few, many = (coverage(seeds, 1, "some runs fail", 300)["difference of IQMs"] for seeds in (2, 25))
+    assert few < 0.8 < 0.9 < many
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+CASES = STUDY + '"B" = "SCRIPT"\n'
+for change in (
+    ('"E" = {}', '"E" = {}\n"F" = {}\n"G" = {}'),
+    ('"clean" = ""', '"clean" = ""\n"noise" = "--beta 1"'),
+    ('reference = "A"', 'reference = "A"\ncomparisons = [["B", "A"]]'),
+    ("seeds = 2", "seeds = 3"),
+):
+    CASES = CASES.replace(*change)
+SCORES = {  # by method, environment and condition, of seeds 1, 2, 3
+    ("A", "E", "clean"): (10, 20, 30), ("B", "E", "clean"): (20, 30, 40),
+    ("A", "E", "noise"): (5, 6, 7), ("B", "E", "noise"): (20, 30, 40),
+    ("A", "F", "clean"): (0, 1, 2), ("B", "F", "clean"): (2, 3, 4),
+    ("A", "F", "noise"): (0, 0, 0), ("B", "F", "noise"): (1, 2),
+    ("A", "G", "clean"): (-2, -3, -4), ("B", "G", "clean"): (-1, -2, -3),
+    ("A", "G", "noise"): (-20, -21, -22), ("B", "G", "noise"): (-1, -2, -3),
+}  # fmt: skip
+RANDOM = dict(E=10, F=0, G=-1)
+
+
+@pytest.fixture
+def reported(tmp_path):
+    """Study and folder of tables that were filled in by hand; one run is missing."""
+    study = load(str(write_study(tmp_path, CASES)))
+    folder = tmp_path / "results"
+    folder.mkdir()
+    runs = ["method,environment,condition,seed,pilot,steps,score,mean_weight,flips_noise,flips_normalization,command"]
+    points = ["method,environment,condition,seed,pilot,step,score"]
+    for (method, env_id, condition), scores in SCORES.items():
+        for seed, score in enumerate(scores, 1):
+            key = f"{method},{env_id},{condition},{seed},0"
+            runs.append(f"{key},96,{score},{seed},0.1,{0.3 + seed / 100},x.py --total-timesteps 100 --seed {seed}")
+            points += [f"{key},48,{score / 2}", f"{key},96,{score}"]
+    (folder / "runs.csv").write_text("\n".join(runs) + "\n")
+    (folder / "evaluations.csv").write_text("\n".join(points) + "\n")
+    random = [f"{env_id},100,{score},1" for env_id, score in RANDOM.items()]
+    (folder / "random.csv").write_text("\n".join(["environment,episodes,mean,std", *random]) + "\n")
+    return study, folder
+
+
+def test_scores_are_normalised_by_the_studys_own_clean_reference(reported):
+    results = Results(*reported)
+    assert results.reference == dict(E=20, F=1, G=-3)
+    assert results.tasks == ["E", "F"]  # on G the reference is worse than the uniform policy
+    np.testing.assert_allclose(results.normalized("A", "clean"), [[0, 0], [1, 1], [2, 2]])
+    np.testing.assert_allclose(results.normalized("B", "noise"), [[1, 1], [2, 2]])  # seeds finished on both
+    assert [cell.name for cell in results.missing] == ["B__F__noise__seed-3"]
+
+
+def test_the_report_says_what_the_tables_hold(reported, monkeypatch):
+    study, folder = reported
+    monkeypatch.setattr(study_report, "REPS", 500)
+    study_report.report(study, folder, "study.py run small")
+    text = (folder / "report.md").read_text()
+    assert "**1 of 36 runs are missing** (`B__F__noise__seed-3`). `study.py run small` completes them." in text
+    assert "2 to 3 seeds each, 96 environment steps" in text
+    assert "**Not in the aggregates**: G" in text
+    half = 4.302653 * 10 / 3**0.5
+    assert f"| A | 20.0 ({20 - half:.2f} to {20 + half:.1f}), n = 3 |" in text
+    half = stats.t.ppf(0.975, 4) * (200 / 3) ** 0.5
+    assert f"| B − A | E | clean | 3, 3 | +10.0 ({10 - half:.1f} to {10 + half:.1f}) | tie |" in text
+    assert "| B − A | F | clean | 3, 3 | +2.00 (-0.27 to 4.27) | tie |" in text  # 2.776 · √(2/3)
+    expected = stats.ttest_ind([20, 30, 40], [5, 6, 7], equal_var=False).confidence_interval(0.95)
+    assert f"| B − A | E | noise | 3, 3 | +24.0 ({expected.low:.2f} to {expected.high:.1f}) | tie |" in text
+    # By noise A loses 20 − 6 = 14 on E, B nothing: B loses less, if the interval excluded zero.
+    assert re.search(r"\| B, A \| E \| noise \| 0.00 \(.*?\) \| 14.0 \(.*?\) \| -14.0 \(.*?\) \| tie \|", text)
+    assert "- B − A: 5 × tie, 1 × B higher" in text
+    assert re.search(r"\| B, A \| G \| noise \| 0.00 \(.*?\) \| 18.0 \(.*?\) \| -18.0 \(.*?\) \| B loses less \|", text)
+    # IQMs: A clean 0 0 1 1 2 2 → 1; B clean 1 2 2 3 3 4 → the middle four, 2.5.
+    assert re.search(r"\| clean \| A \| 3 \| 1.00 \(", text) and re.search(r"\| clean \| B \| 3 \| 2.50 \(", text)
+    # B beats A: on E 1 2 3 against 0 1 2, 6 of 9 and 2 ties; on F 2 3 4 against 0 1 2, 8 of 9 and a tie.
+    wins = (7 / 9 + 8.5 / 9) / 2
+    assert re.search(rf"\| B − A \| clean \| 3, 3 \| \+1.50 \(.*?\) \| [\w ]+ \| {wins:.2f} \(", text)
+    assert "1,000 synthetic studies with this one's 2 seeds and 2 tasks" in text
+    assert "| E | clean | 6 | 0.100 | 0.320 |" in text
+    assert "| A | 2, 2 | 2, 2 | 2, 2 |\n| B | 2, 2 | 2, 1.5 | 2, 2 |" in text  # mean weights
+    for figure in re.findall(r"\]\((.*\.png)\)", text):
+        assert (folder / figure).exists()
+    assert "learning_curves.png" in text and "profiles.png" in text and "sign_flips.png" in text
+
+
+def test_a_report_refuses_runs_of_another_study(reported):
+    study, folder = reported
+    with pytest.raises(StudyError, match="`study.py collect` makes it"):
+        study_report.report(study, folder / "empty", "")
+    text = (folder / "runs.csv").read_text()
+    (folder / "runs.csv").write_text(text.replace("--total-timesteps 100 ", "--total-timesteps 200 "))
+    with pytest.raises(StudyError, match="holds a run that is not of this study"):
+        study_report.report(study, folder, "")
+
+
+def test_a_grid_is_reported_as_a_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_report, "REPS", 200)
+    text = STUDY.replace('"A" = "SCRIPT"', '"A" = "SCRIPT"\n"B" = "SCRIPT --beta {k}"\n"C" = "SCRIPT --beta {k}"')
+    text = text.replace('reference = "A"', 'reference = "A"\ncomparisons = [["B", "C"]]') + "[grid]\nk = [1, 2, 3]\n"
+    study = load(str(write_study(tmp_path, text)))
+    scores = {"A": (1, 1)}
+    for k in (1, 2, 3):
+        scores |= {f"B k={k}": (10 * k, 10 * k + 2), f"C k={k}": (5, 7)}
+    lines = ["method,environment,condition,seed,pilot,steps,score,mean_weight,flips_noise,flips_normalization,command"]
+    lines += [f"{method},E,clean,{seed},0,96,{score},{1 + seed},0,0.3,x --total-timesteps 100 "
+              for method, pair in scores.items() for seed, score in enumerate(pair, 1)]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    (tmp_path / "evaluations.csv").write_text("method,environment,condition,seed,pilot,step,score\n")
+    (tmp_path / "random.csv").write_text("environment,episodes,mean,std\nE,100,0,1\n")
+    study_report.report(study, tmp_path, "")
+    text = (tmp_path / "report.md").read_text()
+    assert "| B | E | clean | 3 × 2 | 21.0 | 11.0 | 31.0 | 9.95 |" in text  # √(100 − 1)
+    assert "| C | E | clean | 3 × 2 | 6.00 | 6.00 | 6.00 | 0.00 |" in text
+    assert re.search(r"\| B − C \| E \| clean \| \+9.95 \(.*?\) \| B higher \|", text) and "settings.png" in text
