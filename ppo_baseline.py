@@ -124,6 +124,8 @@ class Args:
 
     reward_noise: float = 0.0
     """Atari: probability that the learner sees 1 − reward; else: std of Gaussian noise on the normalised reward"""
+    survival_bonus: float = 0.0
+    """added to every reward that the learner sees: what flips of this probability pay on average"""
     advantage_noise: float = 0.0
     """probability that a sample's advantage changes sign, redrawn for every minibatch"""
     repeat_action_probability: float = 0.0
@@ -189,7 +191,7 @@ def validate(args: Args) -> None:
         ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
         ("num_bins", lambda x: x >= 2, "at least 2"),
         ("gamma gae_lambda advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("pg_coef ent_coef vf_coef", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("pg_coef survival_bonus ent_coef vf_coef", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
         ("seed eval_interval checkpoint_interval torch_threads", lambda x: x >= 0, "≥ 0"),
         ("reward_noise", lambda x: 0 <= x <= (1 if atari else sys.float_info.max), "finite and ≥ 0, on Atari ≤ 1"),
         ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
@@ -1075,7 +1077,7 @@ def main(args: Args, run: Path | None = None) -> None:
             collect_episodes(envs, to_action, agent, rollout, actions_rng)
 
         noisy = flip_rewards if atari else add_noise
-        rewards = noisy(rollout.rewards, args.reward_noise, noise_rng)
+        rewards = noisy(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
         values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
         context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
         advantages = gae(rewards + bootstrap, *context)

@@ -111,6 +111,8 @@ class Args:
     """Z < 0, the stand-in for log 0; only β·Z matters"""
     reward_noise: float = 0.0
     """probability, per step and game, that the learner sees 1 − reward; reported scores stay clean"""
+    survival_bonus: float = 0.0
+    """added to every reward that the learner sees: what flips of this probability pay on average"""
     advantage_noise: float = 0.0
     """probability that a sample's advantage changes sign"""
     repeat_action_probability: float = 0.0
@@ -154,7 +156,7 @@ def validate(args: Args) -> None:
     rules = [
         ("num_envs num_steps log_interval eval_episodes", lambda x: x >= 1, "at least 1"),
         ("gamma gae_lambda reward_noise advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("alpha beta ent_coef vf_coef", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("alpha beta survival_bonus ent_coef vf_coef", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
         ("seed eval_interval checkpoint_interval torch_threads", lambda x: x >= 0, "≥ 0"),
         ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
         ("max_grad_norm", lambda x: x > 0, "positive"),
@@ -701,7 +703,7 @@ def main(args: Args, run: Path | None = None) -> None:
 
         collect(games, agent, rollout, generator)
 
-        rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng)
+        rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
         values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
         context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
         advantages = gae(rewards + bootstrap, *context)

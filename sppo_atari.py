@@ -123,6 +123,8 @@ class Args:
     """divide the reverse term by π_old, as the released code does; --no-…: the plain reverse term"""
     reward_noise: float = 0.0
     """probability, per step and game, that the learner sees 1 − reward; reported scores stay clean"""
+    survival_bonus: float = 0.0
+    """added to every reward that the learner sees: what flips of this probability pay on average"""
     advantage_noise: float = 0.0
     """probability that a sample's advantage changes sign, redrawn for every minibatch"""
     repeat_action_probability: float = 0.0
@@ -164,7 +166,7 @@ def validate(args: Args) -> None:
     rules = [
         ("num_envs num_steps num_minibatches update_epochs eval_episodes", lambda x: x >= 1, "at least 1"),
         ("gamma gae_lambda reward_noise advantage_noise repeat_action_probability", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("alpha beta ent_coef vf_coef", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
+        ("alpha beta survival_bonus ent_coef vf_coef", lambda x: 0 <= x < math.inf, "finite and ≥ 0"),
         ("seed eval_interval checkpoint_interval torch_threads", lambda x: x >= 0, "≥ 0"),
         ("learning_rate", lambda x: 0 < x < math.inf, "finite and positive"),
         ("clip_coef", lambda x: 0 < x < 1, "between 0 and 1"),
@@ -739,7 +741,7 @@ def main(args: Args, run: Path | None = None) -> None:
 
         collect(games, agent, rollout, generator)
 
-        rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng)
+        rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
         values, bootstrap = rollout.values.cpu().numpy(), args.gamma * rollout.bootstraps
         context = (values, rollout.dones, rollout.next_value.cpu().numpy(), args.gamma, args.gae_lambda)
         advantages = gae(rewards + bootstrap, *context)

@@ -203,8 +203,6 @@ def test_a_scale_is_a_smaller_study(tmp_path):
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_studies_that_are_here(path):
     """They load at every scale, say how β was fixed, and compare at two seeds or more."""
-    if "survival-bonus" in path.read_text() and "survival_bonus" not in flags_of("ppo_baseline.py"):
-        pytest.skip("the scripts have no --survival-bonus yet")
     assert path.read_text().startswith("# ") and "β" in path.read_text().split("\nquestion")[0]
     scales = [None, *re.findall(r"^\[scale\.(\w+)\]", path.read_text(), re.MULTILINE)]
     assert path.stem == "smoke" or len(scales) > 1
@@ -488,7 +486,6 @@ def test_smoke_is_reported(smoke):
         assert (folder / "results" / figure).stat().st_size > 5000
 
 
-@pytest.mark.skipif("resume" not in flags_of("ppo_baseline.py"), reason="the scripts have no --resume yet")
 def test_a_real_script_is_resumed(tmp_path):
     text = (STUDIES / "smoke.toml").read_text().split("[pilot]")[0].replace("seeds = 2", "seeds = 1")
     text = "\n".join(line for line in text.splitlines() if not re.match('"(DSPPO|PPO mean)|comparisons', line))
