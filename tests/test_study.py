@@ -16,7 +16,7 @@ import study_report
 from rliable import metrics
 from scipy import stats
 from study import steps_so_far
-from study_file import STUDIES, StudyError, flags_of, load
+from study_file import STUDIES, StudyError, load
 from study_report import Results, bootstrap, contrast, coverage, improvement, iqm_contrast, iqms, spread, verdict
 from study_results import mean_weights, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
