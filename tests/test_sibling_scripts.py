@@ -188,7 +188,8 @@ def test_the_baselines_defaults_are_those_of_the_environments_kind(runs, name):
     for flag, value in kind.items():
         assert run.flags[flag] == value
         assert f" {flag} {value}," in first_line
-    assert [flag for flag, value in run.flags.items() if value == "None"] == ["target_kl", "wandb_entity"]
+    unset = ["target_kl", "resume", "evaluate", "wandb_entity"]
+    assert [flag for flag, value in run.flags.items() if value == "None"] == unset
     rates = {"0.00025": [2.5e-4, 1.25e-4], "0.0003": [3e-4, 3e-4]}[run.flags["learning_rate"]]
     np.testing.assert_allclose(values(run, "charts/learning_rate"), rates, rtol=1e-6)
 
