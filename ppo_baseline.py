@@ -418,7 +418,7 @@ class Environments:
         """Normalised reward; terminated; truncated (by a time limit); final_obs: last observation of an episode that is
         over, normalised, rubbish elsewhere."""
         self.totals[:, self.over] = 0  # after a truncation, too
-        reward, terminated, truncated = np.zeros(len(self.envs)), np.zeros_like(self.over), np.zeros_like(self.over)
+        (terminated, truncated), reward = np.zeros((2, len(self.envs)), dtype=bool), np.zeros(len(self.envs))
         final_obs = np.empty_like(self.obs)
         for i, env in enumerate(self.envs):
             obs, raw_reward, terminated[i], truncated[i], _ = env.step(action[i])

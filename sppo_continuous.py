@@ -332,7 +332,7 @@ class Environments:
         """Normalised reward; terminated; truncated (by a time limit); final_obs: last observation of an episode that is
         over, normalised, rubbish elsewhere."""
         self.totals[:, self.over] = 0  # after a truncation, too
-        reward, terminated, truncated = np.zeros(len(self.envs)), np.zeros_like(self.over), np.zeros_like(self.over)
+        (terminated, truncated), reward = np.zeros((2, len(self.envs)), dtype=bool), np.zeros(len(self.envs))
         final_obs = np.empty_like(self.obs)
         for i, env in enumerate(self.envs):
             obs, raw_reward, terminated[i], truncated[i], _ = env.step(action[i])
@@ -559,7 +559,7 @@ def gradient(agent: nn.Module, mb: Batch, clip_coef: float, args: Args) -> tuple
     logprob, entropy, value = agent(mb.obs, mb.actions)
     coefficients = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
     policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, mb.logprobs, mb.advantages, *coefficients)
-    value_loss = (value - mb.returns).square().mean()
+    value_loss = nn.functional.mse_loss(value, mb.returns)
     entropy = entropy.mean()
     loss = policy_loss + args.vf_coef * value_loss
     if args.ent_coef:  # otherwise its gradient need not be computed
