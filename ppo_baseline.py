@@ -33,7 +33,7 @@ The algorithm, as `main` runs it:
         add noise to the rewards (only if asked for)              flip_rewards, add_noise
         advantages A by GAE, returns = A + values                 gae
         for each epoch, for each minibatch                        update
-            normalise A, take a gradient step on the loss         normalize, ppo_loss
+            normalise A, take a gradient step on the loss         normalize, gradient, ppo_loss
     play and report the raw return                                evaluate_games, evaluate_episodes
 
     python ppo_baseline.py --env-id ALE/Breakout-v5
@@ -42,6 +42,7 @@ The algorithm, as `main` runs it:
 """
 
 import difflib
+import fcntl
 import importlib.util
 import io
 import math
@@ -125,7 +126,7 @@ class Args:
     reward_noise: float = 0.0
     """Atari: probability that the learner sees 1 − reward; else: std of Gaussian noise on the normalised reward"""
     survival_bonus: float = 0.0
-    """added to every reward that the learner sees: what flips of this probability pay on average"""
+    """Atari: added to every reward that the learner sees: what flips of this probability pay on average"""
     advantage_noise: float = 0.0
     """probability that a sample's advantage changes sign, redrawn for every minibatch"""
     repeat_action_probability: float = 0.0
@@ -212,10 +213,12 @@ def validate(args: Args) -> None:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
     if args.bf16 and not atari:
         raise ValueError("--bf16 is for Atari: networks as small as these gain nothing")
+    if args.survival_bonus and not atari:
+        raise ValueError("--survival-bonus is for Atari")
     cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 and not (torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()):
         raise ValueError(f"--bf16 would be slower: this {'GPU' if cuda else 'CPU'} does not compute in bfloat16")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
         raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
@@ -324,7 +327,7 @@ class RunningMeanStd:
         return np.sqrt(self.sum_of_squares / max(self.count, 1) + 1e-8)
 
     def state(self) -> dict:
-        """All of it, for a checkpoint."""
+        """All of it, for a checkpoint; `std` for users of `model.pt`."""
         arrays = {"mean": self.mean, "sum_of_squares": self.sum_of_squares, "std": self.std}
         return {"count": self.count} | {name: torch.tensor(array) for name, array in arrays.items()}
 
@@ -337,21 +340,19 @@ def episode_state(env: gym.Env) -> dict | None:
     """Where `env` stands in its episode, to the bit, for gymnasium's own MuJoCo and classic control environments. None
     for the others: Box2D cannot tell, and what else an environment of a third party remembers is not known here."""
     inner = env.unwrapped
-    kind = type(inner).__module__.split(".")[:3]
-    state = {"steps": getattr(env, "_elapsed_steps", None), "random": inner.np_random.bit_generator.state}
-    if env.spec.additional_wrappers:
+    kind = ".".join(type(inner).__module__.split(".")[:3])
+    if env.spec.additional_wrappers or kind not in ("gymnasium.envs.classic_control", "gymnasium.envs.mujoco"):
         return None
-    if kind == ["gymnasium", "envs", "classic_control"]:
+    state = {"steps": getattr(env, "_elapsed_steps", None), "random": inner.np_random.bit_generator.state}
+    if kind == "gymnasium.envs.classic_control":
         return state | {"state": torch.tensor(np.array(inner.state))}
-    if kind == ["gymnasium", "envs", "mujoco"]:
-        import mujoco  # not earlier: it reads MUJOCO_GL
+    import mujoco  # not earlier: it reads MUJOCO_GL
 
-        integration = np.empty(mujoco.mj_stateSize(inner.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(inner.model, inner.data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
-        # Ant, Humanoid and Reacher-v4 compute rewards from positions that MuJoCo derived one substep earlier.
-        derived = {name: torch.tensor(getattr(inner.data, name)) for name in ("xpos", "xipos")}
-        return state | {"integration": torch.from_numpy(integration), "derived": derived}
-    return None
+    integration = np.empty(mujoco.mj_stateSize(inner.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+    mujoco.mj_getState(inner.model, inner.data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
+    # Ant, Humanoid and Reacher-v4 compute rewards from positions that MuJoCo derived one substep earlier.
+    derived = {name: torch.tensor(getattr(inner.data, name)) for name in ("xpos", "xipos")}
+    return state | {"integration": torch.from_numpy(integration), "derived": derived}
 
 
 def restore_episode(env: gym.Env, state: dict) -> None:
@@ -771,7 +772,9 @@ def update(
         for mb in map(Batch._make, zip(*(field.chunk(args.num_minibatches) for field in weighted))):
             grads, logged, logprob = gradient(agent, mb, clip, args)
             for parameter, grad in zip(optimizer.param_groups[0]["params"], grads):
-                parameter.grad = grad
+                # Fused Adam walks through memory: a gradient must lie there as its parameter does.
+                same = grad.stride() == parameter.stride()
+                parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)
             optimizer.step()
             losses.append(logged)
             logprobs.append(logprob)
@@ -830,7 +833,7 @@ def evaluate_episodes(
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
-        writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
+        writer = imageio.get_writer(video, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
     policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
     for episode, seed in enumerate(sequence.generate_state(args.eval_episodes)):
         obs, _ = env.reset(seed=int(seed))
@@ -873,7 +876,7 @@ def read_flags() -> Args:
     for name, value in asdict(args).items():
         if value != getattr(stored, name) and name not in free.split():
             raise ValueError(f"--{name.replace('_', '-')} cannot be changed: the run has {getattr(stored, name)}")
-    if args.total_timesteps < stored.total_timesteps:
+    if args.total_timesteps is None or args.total_timesteps < stored.total_timesteps:
         raise ValueError(f"--total-timesteps can only grow: the run has {stored.total_timesteps}")
     return args
 
@@ -888,6 +891,16 @@ def new_run_folder(args: Args) -> Path:
             return run
         except FileExistsError:
             time.sleep(0.1)
+
+
+def lock(run: Path):
+    """A file, locked until the process ends. Raises ValueError, with one line to print, if another process has it."""
+    file = (run / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work on {run}") from None
+    return file
 
 
 def save(path: Path, args: Args, **state) -> None:
@@ -1130,7 +1143,8 @@ def main(args: Args, run: Path | None = None) -> None:
             start_time += time.time() - eval_start  # SPS is the speed of training
 
         crossed = args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
-        if crossed or stop or (args.checkpoint_interval and iteration == num_iterations):
+        stopping = bool(stop)  # asked once: a signal from here on waits for the next iteration
+        if crossed or stopping or (args.checkpoint_interval and iteration == num_iterations):
             writer.flush()  # a checkpoint's curves are on disk before it is
             save(
                 run / "checkpoint.pt",
@@ -1145,7 +1159,7 @@ def main(args: Args, run: Path | None = None) -> None:
                 seconds=time.time() - start_time,
                 wandb_id=wandb_id,
             )
-        if stop:
+        if stopping:
             break
     progress.close()
     writer.close()
@@ -1160,6 +1174,7 @@ if __name__ == "__main__":
         fill_in(args)
         validate(args)
         run = Path(args.resume or args.evaluate or new_run_folder(args))
+        locked = None if args.evaluate else lock(run)
     except (ValueError, OSError, TypeError) as error:  # TypeError: a checkpoint whose flags are not those of `Args`
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,7 +31,7 @@ The algorithm, as `main` runs it:
         play num_envs games for num_steps steps                   collect
         add noise to the rewards (only if asked for)              flip_rewards
         advantages A by GAE (λ = 1), returns = A + values         gae
-        one gradient step on the loss                             update, symmetric_a2c_loss, RMSpropTF
+        one gradient step on the loss                             update, gradient, symmetric_a2c_loss, RMSpropTF
     play full games and report their raw score                    evaluate_games
 
     python sa2c_atari.py --env-id ALE/Breakout-v5
@@ -40,6 +40,7 @@ The algorithm, as `main` runs it:
 """
 
 import difflib
+import fcntl
 import importlib.util
 import io
 import math
@@ -174,7 +175,7 @@ def validate(args: Args) -> None:
     cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 and not (torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()):
         raise ValueError(f"--bf16 would be slower: this {'GPU' if cuda else 'CPU'} does not compute in bfloat16")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
         raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
@@ -546,6 +547,16 @@ def new_run_folder(args: Args) -> Path:
             time.sleep(0.1)
 
 
+def lock(run: Path):
+    """A file, locked until the process ends. Raises ValueError, with one line to print, if another process has it."""
+    file = (run / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work on {run}") from None
+    return file
+
+
 def save(path: Path, args: Args, **state) -> None:
     """Writes `state` and what it belongs to. Whatever happens meanwhile, `path` is a whole file: the old or the new."""
     buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
@@ -751,7 +762,8 @@ def main(args: Args, run: Path | None = None) -> None:
             start_time += time.time() - eval_start  # SPS is the speed of training
 
         crossed = args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
-        if crossed or stop or (args.checkpoint_interval and iteration == num_iterations):
+        stopping = bool(stop)  # asked once: a signal from here on waits for the next iteration
+        if crossed or stopping or (args.checkpoint_interval and iteration == num_iterations):
             writer.flush()  # a checkpoint's curves are on disk before it is
             save(
                 run / "checkpoint.pt",
@@ -766,7 +778,7 @@ def main(args: Args, run: Path | None = None) -> None:
                 seconds=time.time() - start_time,
                 wandb_id=wandb_id,
             )
-        if stop:
+        if stopping:
             break
     progress.close()
     writer.close()
@@ -780,6 +792,7 @@ if __name__ == "__main__":
         args = read_flags()
         validate(args)
         run = Path(args.resume or args.evaluate or new_run_folder(args))
+        locked = None if args.evaluate else lock(run)
     except (ValueError, OSError, TypeError) as error:  # TypeError: a checkpoint whose flags are not those of `Args`
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,7 +31,7 @@ The algorithm, as `main` runs it:
         add noise to the rewards (only if asked for)              flip_rewards
         advantages A by GAE, returns = A + values                 gae
         for each epoch, for each minibatch                        update
-            normalise A, take a gradient step on the loss         normalize, symmetric_ppo_loss
+            normalise A, take a gradient step on the loss         normalize, gradient, symmetric_ppo_loss
     play full games and report their raw score                    evaluate_games
 
     python sppo_atari.py --env-id ALE/Breakout-v5
@@ -40,6 +40,7 @@ The algorithm, as `main` runs it:
 """
 
 import difflib
+import fcntl
 import importlib.util
 import io
 import math
@@ -188,7 +189,7 @@ def validate(args: Args) -> None:
     cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 and not (torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()):
         raise ValueError(f"--bf16 would be slower: this {'GPU' if cuda else 'CPU'} does not compute in bfloat16")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
         raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
@@ -490,7 +491,9 @@ def update(
         for mb in map(Batch._make, zip(*(field.chunk(args.num_minibatches) for field in weighted))):
             grads, logged, logprob = gradient(agent, mb, clip, args)
             for parameter, grad in zip(optimizer.param_groups[0]["params"], grads):
-                parameter.grad = grad
+                # Fused Adam walks through memory: a gradient must lie there as its parameter does.
+                same = grad.stride() == parameter.stride()
+                parameter.grad = grad if same else torch.empty_like(parameter).copy_(grad)
             optimizer.step()
             losses.append(logged)
             logprobs.append(logprob)
@@ -582,6 +585,16 @@ def new_run_folder(args: Args) -> Path:
             return run
         except FileExistsError:
             time.sleep(0.1)
+
+
+def lock(run: Path):
+    """A file, locked until the process ends. Raises ValueError, with one line to print, if another process has it."""
+    file = (run / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work on {run}") from None
+    return file
 
 
 def save(path: Path, args: Args, **state) -> None:
@@ -788,7 +801,8 @@ def main(args: Args, run: Path | None = None) -> None:
             start_time += time.time() - eval_start  # SPS is the speed of training
 
         crossed = args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
-        if crossed or stop or (args.checkpoint_interval and iteration == num_iterations):
+        stopping = bool(stop)  # asked once: a signal from here on waits for the next iteration
+        if crossed or stopping or (args.checkpoint_interval and iteration == num_iterations):
             writer.flush()  # a checkpoint's curves are on disk before it is
             save(
                 run / "checkpoint.pt",
@@ -802,7 +816,7 @@ def main(args: Args, run: Path | None = None) -> None:
                 seconds=time.time() - start_time,
                 wandb_id=wandb_id,
             )
-        if stop:
+        if stopping:
             break
     progress.close()
     writer.close()
@@ -816,6 +830,7 @@ if __name__ == "__main__":
         args = read_flags()
         validate(args)
         run = Path(args.resume or args.evaluate or new_run_folder(args))
+        locked = None if args.evaluate else lock(run)
     except (ValueError, OSError, TypeError) as error:  # TypeError: a checkpoint whose flags are not those of `Args`
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

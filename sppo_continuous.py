@@ -33,7 +33,7 @@ The algorithm, as `main` runs it:
         add noise to the normalised rewards (only if asked for)   add_noise
         advantages A by GAE, returns = A + values                 gae
         for each epoch, for each minibatch                        update
-            normalise A, take a gradient step on the loss         symmetric_ppo_loss
+            normalise A, take a gradient step on the loss         gradient, symmetric_ppo_loss
     play episodes with the most probable actions                  evaluate_episodes
 
     python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
@@ -42,6 +42,7 @@ The algorithm, as `main` runs it:
 """
 
 import difflib
+import fcntl
 import importlib.util
 import io
 import math
@@ -181,7 +182,7 @@ def validate(args: Args) -> None:
         raise ValueError("--norm-adv needs minibatches of at least 2 steps")
     if args.total_timesteps < batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
         raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
@@ -238,7 +239,7 @@ class RunningMeanStd:
         return np.sqrt(self.sum_of_squares / max(self.count, 1) + 1e-8)
 
     def state(self) -> dict:
-        """All of it, for a checkpoint."""
+        """All of it, for a checkpoint; `std` for users of `model.pt`."""
         arrays = {"mean": self.mean, "sum_of_squares": self.sum_of_squares, "std": self.std}
         return {"count": self.count} | {name: torch.tensor(array) for name, array in arrays.items()}
 
@@ -251,21 +252,19 @@ def episode_state(env: gym.Env) -> dict | None:
     """Where `env` stands in its episode, to the bit, for gymnasium's own MuJoCo and classic control environments. None
     for the others: Box2D cannot tell, and what else an environment of a third party remembers is not known here."""
     inner = env.unwrapped
-    kind = type(inner).__module__.split(".")[:3]
-    state = {"steps": getattr(env, "_elapsed_steps", None), "random": inner.np_random.bit_generator.state}
-    if env.spec.additional_wrappers:
+    kind = ".".join(type(inner).__module__.split(".")[:3])
+    if env.spec.additional_wrappers or kind not in ("gymnasium.envs.classic_control", "gymnasium.envs.mujoco"):
         return None
-    if kind == ["gymnasium", "envs", "classic_control"]:
+    state = {"steps": getattr(env, "_elapsed_steps", None), "random": inner.np_random.bit_generator.state}
+    if kind == "gymnasium.envs.classic_control":
         return state | {"state": torch.tensor(np.array(inner.state))}
-    if kind == ["gymnasium", "envs", "mujoco"]:
-        import mujoco  # not earlier: it reads MUJOCO_GL
+    import mujoco  # not earlier: it reads MUJOCO_GL
 
-        integration = np.empty(mujoco.mj_stateSize(inner.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(inner.model, inner.data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
-        # Ant, Humanoid and Reacher-v4 compute rewards from positions that MuJoCo derived one substep earlier.
-        derived = {name: torch.tensor(getattr(inner.data, name)) for name in ("xpos", "xipos")}
-        return state | {"integration": torch.from_numpy(integration), "derived": derived}
-    return None
+    integration = np.empty(mujoco.mj_stateSize(inner.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+    mujoco.mj_getState(inner.model, inner.data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
+    # Ant, Humanoid and Reacher-v4 compute rewards from positions that MuJoCo derived one substep earlier.
+    derived = {name: torch.tensor(getattr(inner.data, name)) for name in ("xpos", "xipos")}
+    return state | {"integration": torch.from_numpy(integration), "derived": derived}
 
 
 def restore_episode(env: gym.Env, state: dict) -> None:
@@ -624,7 +623,7 @@ def evaluate_episodes(
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
-        writer = imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
+        writer = imageio.get_writer(video, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
     policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
     for episode, seed in enumerate(sequence.generate_state(args.eval_episodes)):
         obs, _ = env.reset(seed=int(seed))
@@ -682,6 +681,16 @@ def new_run_folder(args: Args) -> Path:
             return run
         except FileExistsError:
             time.sleep(0.1)
+
+
+def lock(run: Path):
+    """A file, locked until the process ends. Raises ValueError, with one line to print, if another process has it."""
+    file = (run / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work on {run}") from None
+    return file
 
 
 def save(path: Path, args: Args, **state) -> None:
@@ -890,7 +899,8 @@ def main(args: Args, run: Path | None = None) -> None:
             start_time += time.time() - eval_start  # SPS is the speed of training
 
         crossed = args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
-        if crossed or stop or (args.checkpoint_interval and iteration == num_iterations):
+        stopping = bool(stop)  # asked once: a signal from here on waits for the next iteration
+        if crossed or stopping or (args.checkpoint_interval and iteration == num_iterations):
             writer.flush()  # a checkpoint's curves are on disk before it is
             save(
                 run / "checkpoint.pt",
@@ -905,7 +915,7 @@ def main(args: Args, run: Path | None = None) -> None:
                 seconds=time.time() - start_time,
                 wandb_id=wandb_id,
             )
-        if stop:
+        if stopping:
             break
     progress.close()
     writer.close()
@@ -919,6 +929,7 @@ if __name__ == "__main__":
         args = read_flags()
         validate(args)
         run = Path(args.resume or args.evaluate or new_run_folder(args))
+        locked = None if args.evaluate else lock(run)
     except (ValueError, OSError, TypeError) as error:  # TypeError: a checkpoint whose flags are not those of `Args`
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -634,3 +635,12 @@ def test_weights_and_biases_goes_on_with_the_same_run(in_process, monkeypatch):
     sppo_continuous.main(args, the_run(in_process))
     assert [(call["id"], call["resume"]) for call in calls] == [(None, "allow"), ("made-up", "allow")]
     assert calls[0]["name"] == calls[1]["name"] == the_run(in_process).name
+
+
+def test_two_processes_do_not_train_in_the_same_folder(interrupted, tmp_path):
+    folder = shutil.copytree(interrupted["pole"], tmp_path / "copy")
+    held = sppo_continuous.lock(the_run(folder))
+    _, errors = run(folder, f"{POLE.split()[0]} --resume RUN", status=2)
+    one_line(errors, "another process is at work on runs/")
+    held.close()
+    sppo_continuous.lock(the_run(folder)).close()

@@ -170,3 +170,17 @@ def test_bf16_is_for_atari():
     ppo_baseline.fill_in(args)
     with pytest.raises(ValueError, match="--bf16 is for Atari"):
         ppo_baseline.validate(args)
+
+
+def test_fused_adam_takes_gradients_of_any_memory_layout():
+    """Without oneDNN the gradients of the convolutions, whose weights are channels-last, come in another layout."""
+    results = []
+    for onednn in (True, False):
+        torch.manual_seed(0)
+        agent, args = sppo_atari.AtariAgent(6), sppo_atari.Args(num_minibatches=1, update_epochs=1)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            sppo_atari.update(agent, optimizer, atari_batch(sppo_atari, 16), 0.1, args, np.random.default_rng(0))
+        results.append(torch.nn.utils.parameters_to_vector(p.contiguous() for p in agent.features[:6].parameters()))
+    different = (results[0] - results[1]).abs() > 1e-4  # Adam's first step is about as long as the learning rate
+    assert different.float().mean() < 0.02

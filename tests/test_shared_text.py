@@ -13,7 +13,7 @@ PAIRS = pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPT
 OWN = set("Args validate Batch Rollout collect gradient update main".split())  # what each script has in its own way
 SHARED_BY_ALL = set("""
     layer_init gae flip_signs
-    read_flags new_run_folder save load random_state restore_random catch_signals check_finite explain
+    read_flags new_run_folder lock save load random_state restore_random catch_signals check_finite explain
 """.split())
 
 
