@@ -36,7 +36,7 @@ def main() -> None:
         env, seed = (re.search(rf"--{flag} (\S+)", flags).group(1) for flag in ("env-id", "seed"))
         flags = re.sub(r" ?--(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+", "", flags)
         ours[(script + flags), env, int(row["steps"])][int(seed)] = row
-        if script == "sppo_atari.py":
+        if script == "sppo_atari.py" and "--bf16" not in row["command"]:
             games.append((env, seed, row))
 
     print("| game | seed | steps | minutes | trained policy | uniform policy |\n| --- | --- | --- | --- | --- | --- |")
