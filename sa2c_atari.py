@@ -530,7 +530,7 @@ def read_flags() -> Args:
     for name, value in asdict(args).items():
         if value != getattr(stored, name) and name not in free.split():
             raise ValueError(f"--{name.replace('_', '-')} cannot be changed: the run has {getattr(stored, name)}")
-    if args.total_timesteps < stored.total_timesteps:
+    if (args.total_timesteps or 0) < stored.total_timesteps:
         raise ValueError(f"--total-timesteps can only grow: the run has {stored.total_timesteps}")
     return args
 
