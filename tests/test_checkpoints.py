@@ -644,3 +644,25 @@ def test_two_processes_do_not_train_in_the_same_folder(interrupted, tmp_path):
     one_line(errors, "another process is at work on runs/")
     held.close()
     sppo_continuous.lock(the_run(folder)).close()
+
+
+def test_a_crash_long_after_a_checkpoint_doubles_no_point(in_process, tmp_path, monkeypatch):
+    """The curves are on disk before the checkpoint is; what was logged after it is logged once, by the resumed run."""
+    save, kept = sppo_continuous.save, []
+
+    def watched_save(path, args, **state):
+        save(path, args, **state)
+        if path.name == "checkpoint.pt":
+            kept.append(path.read_bytes())
+            assert scalars(tmp_path)["losses/policy_loss"][-1][0] == state["step"]
+
+    monkeypatch.setattr(sppo_continuous, "save", watched_save)
+    flags = dict(env_id="CartPole-v1", num_steps=128, num_minibatches=2, update_epochs=1, total_timesteps=512)
+    args = sppo_continuous.Args(**flags, checkpoint_interval=256, eval_episodes=1, cuda=False)
+    sppo_continuous.main(args, sppo_continuous.new_run_folder(args))
+    whole = scalars(tmp_path)
+    assert len(kept) == 2
+    (the_run(tmp_path) / "checkpoint.pt").write_bytes(kept[0])  # as if the crash had come just before the last one
+    args.resume = str(the_run(tmp_path))
+    sppo_continuous.main(args, the_run(tmp_path))
+    assert scalars(tmp_path) == whole
