@@ -11,7 +11,6 @@ the most probable action in continuous control, sampled actions on Atari) and ap
 
 import argparse
 import csv
-import fcntl
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
+from score import append
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -107,10 +107,7 @@ def main() -> None:
     else:
         returns, seconds = train_and_play(args.method, args.env_id, args.seed, args.steps, args.episodes)
     row = [*key, f"{np.mean(returns):.2f}", f"{np.std(returns):.2f}", f"{seconds:.0f}"]
-    with RESULTS.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # several calls may run at once
-        file.seek(0, 2)
-        file.write((",".join(FIELDS) + "\n" if file.tell() == 0 else "") + ",".join(row) + "\n")
+    append(RESULTS, FIELDS, [row])
     print(*row)
 
 

@@ -27,11 +27,11 @@ FINAL = re.compile(r"final score at (\d+) steps: (-?[\d.]+) ± ([\d.]+) \((\d+) 
 
 
 def append(path: Path, fields: list[str], rows: list[list]) -> None:
-    """Several calls may run at once."""
+    """Adds rows to a table, under a head if it is new. Several processes may do so at once."""
     with path.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0, 2)
-        csv.writer(file).writerows(([fields] if file.tell() == 0 else []) + rows)
+        csv.writer(file, lineterminator="\n").writerows(([fields] if file.tell() == 0 else []) + rows)
 
 
 def curve(folder: str, steps: int) -> list[tuple[int, str]]:
