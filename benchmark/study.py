@@ -8,7 +8,8 @@ STUDY is a file, or the name of one in `benchmark/studies/`; `--scale` takes a s
 A run is a subprocess of the real script in a folder of its own, `studies/STUDY/<run>/`, and is finished once its
 `done.json` lies there. The same command continues a study that was interrupted: runs go on from their last checkpoint,
 those without one start anew. With `--ray` and `--slurm` the folder must be one that all machines see; a Ray cluster's
-machines need the same token, or RAY_AUTH_MODE=disabled.
+machines need the same token, or RAY_AUTH_MODE=disabled. `run --results DIR` counts as finished what the tables of an
+earlier `collect` hold, so that a study begun on one machine goes on at another.
 
 A study file is TOML; `benchmark/studies/smoke.toml` is a short one:
 
@@ -42,7 +43,7 @@ from datetime import datetime
 from pathlib import Path
 
 from study_file import ROOT, Cell, Study, StudyError, load
-from study_results import collect, is_logged, mean_weights, random_scores, write_atomically
+from study_results import adopt, collect, is_logged, mean_weights, random_scores, write_atomically
 from tqdm import tqdm
 
 FINAL = re.compile(r"^final score at (\d+) steps: (\S+) ", re.MULTILINE)
@@ -337,8 +338,8 @@ def main() -> int:
             command.add_argument("--ray", metavar="ADDRESS", help="hand the runs to a Ray cluster; or local")
             command.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs of a run, 0.25 for a quarter")
             command.add_argument("--slurm", action="store_true", help="print a job-array script")
-        else:
-            command.add_argument("--results", help="folder of tables and report (default: results, in the study's own)")
+        usage = "folder of tables and report (default: results, in the study's own)"
+        command.add_argument("--results", help="tables whose runs count as finished" if name == "run" else usage)
     args = parser.parse_args()
     try:
         study = load(args.study, args.scale)
@@ -346,6 +347,8 @@ def main() -> int:
         if args.command == "run":
             if args.workers < 1 or args.threads < 1:
                 raise StudyError("--workers and --threads must be at least 1")
+            if args.results:
+                adopt(study, folder, Path(args.results))
             if args.slurm:
                 return print(slurm(study, args), end="") or 0
             if args.dry_run:

@@ -1,13 +1,14 @@
-"""What the runs of a study logged, as tables: `runs.csv`, `evaluations.csv`, `random.csv`, and the pilots' w̄."""
+"""What the runs of a study logged, as tables: `runs.csv`, `evaluations.csv`, `random.csv`, and `pilots.json`, w̄."""
 
 import csv
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from study_file import ROOT, Study
+from study_file import ROOT, Cell, Study, StudyError
 
 TAGS = dict(mean_weight="losses/mean_weight", flips_noise="advantage/sign_flips_noise",
             flips_normalization="advantage/sign_flips_normalization")
@@ -67,18 +68,48 @@ def mean_weights(study: Study, folder: Path) -> dict[tuple[str, str], dict[str, 
     return weights
 
 
+def read_table(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def key_of(cell: Cell) -> dict:
+    """The columns by which the rows of a run are known, as in a table."""
+    key = dict(method=cell.method, environment=cell.env_id, condition=cell.condition, seed=cell.seed)
+    return {name: str(value) for name, value in (key | dict(pilot=int(cell.pilot))).items()}
+
+
+def adopt(study: Study, folder: Path, results: Path) -> None:
+    """Counts as finished what tables hold: runs of another machine, whose folders are not here."""
+    if not (results / "runs.csv").exists():
+        raise StudyError(f"{results} holds no runs.csv")
+    rows = {tuple(row[name] for name in key_of(study.cells[0])): row for row in read_table(results / "runs.csv")}
+    for cell in study.cells:
+        row, done = rows.get(tuple(key_of(cell).values())), folder / cell.name / "done.json"
+        if row and not done.exists():
+            done.parent.mkdir(parents=True, exist_ok=True)
+            record = dict(command=row["command"], steps=int(row["steps"]), score=float(row["score"]),
+                          seconds=float(row["seconds"]), attempts=int(row["attempts"]))
+            write_atomically(done, json.dumps(record, indent=1) + "\n")
+    if (results / "pilots.json").exists() and not (folder / "pilots.json").exists():
+        shutil.copy(results / "pilots.json", folder)
+
+
 def collect(study: Study, folder: Path, results: Path) -> None:
     """Writes `runs.csv`, a row per finished run, and `evaluations.csv`, a row per evaluation of each.
 
-    Sign flips and mean weights are means over a run's points, and over those since the evaluation before."""
+    Sign flips and mean weights are means over a run's points, and over those since the evaluation before. Rows of
+    finished runs whose folders are not here stay."""
     runs, evaluations = [], []
+    kept = [read_table(results / name) for name in ("runs.csv", "evaluations.csv")]
     for cell in study.cells:
         if not (folder / cell.name / "done.json").exists():
             continue
-        record = json.loads((folder / cell.name / "done.json").read_text())
+        record, key = json.loads((folder / cell.name / "done.json").read_text()), key_of(cell)
+        if not (folder / cell.name / "runs").exists():
+            for table, old in zip((runs, evaluations), kept):
+                table += [row for row in old if key.items() <= row.items()]
+            continue
         points = scalars(folder / cell.name)
-        key = dict(method=cell.method, environment=cell.env_id, condition=cell.condition, seed=cell.seed,
-                   pilot=int(cell.pilot))
         before = 0
         for step, score in points["eval/episodic_return"]:
             since = {name: mean([value for at, value in points[tag] if before < at <= step])
@@ -91,6 +122,8 @@ def collect(study: Study, folder: Path, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     write_table(results / "runs.csv", runs)
     write_table(results / "evaluations.csv", evaluations)
+    if (folder / "pilots.json").exists():
+        shutil.copy(folder / "pilots.json", results)
     random_scores(study, results)
     print(f"{len(runs)} of {len(study.cells)} runs and {len(evaluations)} evaluations in {results}")
 
@@ -105,7 +138,7 @@ def write_table(path: Path, rows: list[dict]) -> None:
 def random_scores(study: Study, results: Path) -> None:
     """Adds to `random.csv` the environments whose uniform policy was not played yet, 100 episodes each."""
     path = results / "random.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = read_table(path)
     results.mkdir(parents=True, exist_ok=True)
     for env_id in study.environments:
         if all(row["environment"] != env_id for row in rows):

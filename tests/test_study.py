@@ -486,6 +486,30 @@ def test_smoke_is_reported(smoke):
         assert (folder / "results" / figure).stat().st_size > 5000
 
 
+def test_a_study_continues_from_its_tables(smoke, tmp_path):
+    """On another machine, which has the tables of what was finished but not the runs' folders."""
+    folder, _ = smoke
+    names = ["runs.csv", "evaluations.csv", "random.csv", "pilots.json"]
+    tables = {name: (folder / "results" / name).read_text() for name in names}
+    (tmp_path / "tables").mkdir()
+    for name, text in tables.items():  # the last run is not finished yet
+        (tmp_path / "tables" / name).write_text(text)
+    lines = tables["runs.csv"].splitlines(keepends=True)
+    (tmp_path / "tables/runs.csv").write_text("".join(lines[:-1]))
+    assert call(tmp_path, "run", "smoke", "--results", "nowhere").returncode == 2
+    dry = call(tmp_path, "run", "smoke", "--results", "tables", "--dry-run").stdout.splitlines()
+    assert [line.split()[1] for line in dry[:-1]] == [*["done"] * 6, "to"]
+    assert call(tmp_path, "run", "smoke", "--results", "tables").returncode == 0
+    assert len(list((tmp_path / "studies/smoke").glob("*/log.txt"))) == 1  # the one that was missing
+    assert call(tmp_path, "collect", "smoke", "--results", "tables").returncode == 0
+    again = {name: (tmp_path / "tables" / name).read_text() for name in names}
+    seconds = re.compile(r",[\d.]+,1,ppo", re.MULTILINE)  # of the run that was repeated
+    assert {name: seconds.sub("", text) for name, text in again.items()} == {
+        name: seconds.sub("", text) for name, text in tables.items()
+    }
+    assert again["runs.csv"].splitlines()[:-1] == tables["runs.csv"].splitlines()[:-1]
+
+
 def test_a_real_script_is_resumed(tmp_path):
     text = (STUDIES / "smoke.toml").read_text().split("[pilot]")[0].replace("seeds = 2", "seeds = 1")
     text = "\n".join(line for line in text.splitlines() if not re.match('"(DSPPO|PPO mean)|comparisons', line))
