@@ -265,6 +265,9 @@ def test_a_failure_is_one_line_that_names_the_checkpoint(trouble, words, tmp_pat
     saved = checkpoint_of(tmp_path)
     assert saved["step"] == 256 and all(tensor.isfinite().all() for tensor in saved["agent"].values())
     assert "Traceback" in (the_run(tmp_path) / "traceback.txt").read_text()
+    run(tmp_path, "sppo_continuous.py --resume RUN", env={"TROUBLE": trouble, "AT": "1000000"})  # mended meanwhile
+    assert [step for step, _ in scalars(tmp_path)["losses/value_loss"]] == list(range(128, 12801, 128))
+    assert checkpoint_of(tmp_path)["step"] == 12800
 
 
 def test_a_failure_before_the_first_checkpoint_says_so(tmp_path):
