@@ -482,7 +482,7 @@ def update(
     clip = torch.tensor(clip_coef, dtype=torch.float64, device=batch.obs.device) if args.compile else clip_coef
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
-        shuffled = Batch(*(field[b_inds] for field in batch))
+        shuffled = Batch(*(field.index_select(0, b_inds) for field in batch))
         advantage = flip_signs(shuffled.advantages, args.advantage_noise, rng)
         valid = shuffled.weight.view(args.num_minibatches, -1)
         normalized = normalize(advantage.view_as(valid), valid).flatten() if args.norm_adv else advantage

@@ -580,7 +580,7 @@ def update(
     clip = torch.tensor(clip_coef, dtype=torch.float64, device=batch.obs.device) if args.compile else clip_coef
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(len(batch.obs))).to(batch.obs.device)
-        shuffled = Batch(*(field[b_inds] for field in batch))
+        shuffled = Batch(*(field.index_select(0, b_inds) for field in batch))
         advantage = flip_signs(shuffled.advantages, args.advantage_noise, rng)
         normalized = advantage.view(args.num_minibatches, -1)
         if args.norm_adv:

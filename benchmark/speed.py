@@ -38,8 +38,8 @@ from measure import BARE, SB3, SBX, SUBPROCESSES
 
 # The fastest documented flags of each script, by kind of case; where there are none, only the default is measured.
 FASTEST = {
-    ("sppo_atari", "atari"): ["--bf16", "--compile"],
-    ("ppo_baseline", "atari"): ["--bf16", "--compile"],
+    ("sppo_atari", "atari"): ["--bf16"],
+    ("ppo_baseline", "atari"): ["--bf16"],
     ("sa2c_atari", "atari"): ["--bf16", "--compile"],
     ("sppo_continuous", "control"): ["--compile"],
     ("ppo_baseline", "control"): ["--compile"],
