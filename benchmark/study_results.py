@@ -91,7 +91,8 @@ def adopt(study: Study, folder: Path, results: Path) -> None:
                           seconds=float(row["seconds"]), attempts=int(row["attempts"]))
             write_atomically(done, json.dumps(record, indent=1) + "\n")
     if (results / "pilots.json").exists() and not (folder / "pilots.json").exists():
-        shutil.copy(results / "pilots.json", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(results / "pilots.json", folder / "pilots.json")
 
 
 def collect(study: Study, folder: Path, results: Path) -> None:
