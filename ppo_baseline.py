@@ -525,9 +525,10 @@ class AtariAgent(nn.Module):
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
         dtype = self.value.weight.dtype
-        pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype).div_(255)
+        pixels, conv = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype), self.features[0]
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.features(pixels).to(dtype)
+            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # instead of pixels / 255
+            features = self.features[1:](hidden).to(dtype)
         return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
 
     def act(self, obs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -599,7 +600,7 @@ def for_few_observations(agent: AtariAgent) -> AtariAgent:
     agent = copy.deepcopy(agent)
     hidden = agent.features[-2]
     if agent.bf16:
-        agent.features.bfloat16()  # once, instead of at every step
+        agent.features[1:].bfloat16()  # once, instead of at every step
     else:
         hidden.weight.data = hidden.weight.data.t().contiguous().t()  # this layout is faster for few rows alone
     return agent
@@ -736,9 +737,8 @@ class Rollout:
 @torch.inference_mode()
 def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
-    num_steps, threads = len(rollout.obs), torch.get_num_threads()
+    agent, num_steps, threads = for_few_observations(agent), len(rollout.obs), torch.get_num_threads()
     torch.set_num_threads(max(threads // 2, 1))  # on the other cores games are played meanwhile
-    agent = for_few_observations(agent)
     ends = np.zeros((3, *rollout.dones.shape))  # whether a game is over with this step; its score and length
     rollout.bootstraps[:] = 0
     for t in range(num_steps + 1):
@@ -753,15 +753,14 @@ def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, generator: 
                     value = agent.get_value(final_obs[torch.from_numpy(cut)].to(generator.device))
                     rollout.bootstraps[t - 1, part][cut] = value.cpu()
                 ends[:, t - 1, part] = games.over[part], games.score[part], games.length[part]
-            obs = games.obs[part].to(generator.device)
             if t == num_steps:
-                rollout.next_value[part] = agent.get_value(obs)
                 continue
-            rollout.obs[t, part] = obs
+            rollout.obs[t, part] = obs = games.obs[part].to(generator.device)
             action, logprob, value = agent.act(obs, generator)
             rollout.actions[t, part], rollout.logprobs[t, part], rollout.values[t, part] = action, logprob, value
             games.send(i, rollout.actions[t, part].cpu().numpy())
     torch.set_num_threads(threads)
+    rollout.next_value[:] = agent.get_value(games.obs.to(generator.device))
     (over, score, length), times = (ends[0] > 0, *ends[1:]), np.flatnonzero(ends[0].any(1)).tolist()
     rollout.finished = [(t, score[t, over[t]].mean(), length[t, over[t]].mean()) for t in times]
 
@@ -1035,8 +1034,9 @@ def check_finite(stats: dict[str, float], agent: nn.Module, iteration: int) -> N
     """Raises FloatingPointError, naming them, if losses, the gradient's norm or parameters are infinite or NaN."""
     names = ("policy_loss", "forward_loss", "value_loss", "entropy", "grad_norm")
     bad = [name for name in names if not math.isfinite(stats[f"losses/{name}"])]
-    finite = torch.stack([parameter.isfinite().all() for parameter in agent.parameters()]).tolist()  # one wait
-    bad = bad or [name for (name, _), is_finite in zip(agent.named_parameters(), finite) if not is_finite]
+    norm = nn.utils.get_total_norm([parameter.detach() for parameter in agent.parameters()])
+    if not math.isfinite(norm.item()):  # looks at every number, but fast and with one wait for the GPU
+        bad = bad or [name for name, parameter in agent.named_parameters() if not parameter.isfinite().all()]
     if bad:
         raise FloatingPointError(f"infinite or NaN in iteration {iteration}: {', '.join(bad)}")
 

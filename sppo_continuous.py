@@ -759,8 +759,9 @@ def check_finite(stats: dict[str, float], agent: nn.Module, iteration: int) -> N
     """Raises FloatingPointError, naming them, if losses, the gradient's norm or parameters are infinite or NaN."""
     names = ("policy_loss", "forward_loss", "value_loss", "entropy", "grad_norm")
     bad = [name for name in names if not math.isfinite(stats[f"losses/{name}"])]
-    finite = torch.stack([parameter.isfinite().all() for parameter in agent.parameters()]).tolist()  # one wait
-    bad = bad or [name for (name, _), is_finite in zip(agent.named_parameters(), finite) if not is_finite]
+    norm = nn.utils.get_total_norm([parameter.detach() for parameter in agent.parameters()])
+    if not math.isfinite(norm.item()):  # looks at every number, but fast and with one wait for the GPU
+        bad = bad or [name for name, parameter in agent.named_parameters() if not parameter.isfinite().all()]
     if bad:
         raise FloatingPointError(f"infinite or NaN in iteration {iteration}: {', '.join(bad)}")
 

@@ -135,7 +135,7 @@ def agent():
 def some_batch(size=40):
     """About one sample in four was FIRE pressed for the learner: its numbers must not count."""
     generator = torch.Generator().manual_seed(0)
-    obs = torch.randint(256, (size, 4, 84, 84), dtype=torch.uint8, generator=generator)
+    obs = torch.randint(256, (size, 84, 84, 4), dtype=torch.uint8, generator=generator)
     actions = torch.randint(4, (size,), generator=generator)
     advantages, returns, draws = torch.randn((3, size), generator=generator)
     valid = (draws < 0.7).float()

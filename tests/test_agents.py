@@ -1,9 +1,12 @@
 """The network: what it says when it acts and when it judges a stored action is the same."""
 
+import copy
+
 import numpy as np
+import pytest
 import torch
 
-from sppo_atari import AtariAgent, sample
+from sppo_atari import AtariAgent, for_few_observations, sample
 
 
 def test_sampled_actions_have_the_softmax_frequencies():
@@ -16,18 +19,32 @@ def test_sampled_actions_have_the_softmax_frequencies():
 
 def test_atari_agent_judges_as_it_acts():
     torch.manual_seed(0)
-    agent, obs = AtariAgent(6), torch.randint(256, (32, 4, 84, 84), dtype=torch.uint8)
+    agent, obs = AtariAgent(6), torch.randint(256, (32, 84, 84, 4), dtype=torch.uint8)
     with torch.no_grad():
         agent.policy.weight *= 100  # a fresh policy is uniform
         action, logprob, value = agent.act(obs, torch.Generator().manual_seed(0))
         judged_logprob, entropy, judged_value = agent(obs, action)
-        probabilities = agent.policy(agent.features(obs / 255)).softmax(1)
+        probabilities = agent.policy(agent.features(obs.movedim(3, 1) / 255)).softmax(1)
     torch.testing.assert_close(logprob, judged_logprob)
     torch.testing.assert_close(value, judged_value)
     torch.testing.assert_close(value, agent.get_value(obs))
     torch.testing.assert_close(logprob[:, 0].exp(), probabilities[torch.arange(32), action])
     torch.testing.assert_close(entropy, torch.distributions.Categorical(probabilities).entropy())
     assert entropy.max() < np.log(6) - 0.01
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_copy_for_few_observations_says_the_same(bf16):
+    torch.manual_seed(0)
+    agent, obs = AtariAgent(6, bf16), torch.randint(256, (4, 84, 84, 4), dtype=torch.uint8)
+    before = copy.deepcopy(agent.state_dict())
+    with torch.inference_mode():
+        few = for_few_observations(agent)
+        for expected, result in zip(agent.get_logprobs_and_value(obs), few.get_logprobs_and_value(obs)):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        few.value.weight += 1  # it is a copy
+    for name, parameter in agent.state_dict().items():
+        assert torch.equal(parameter, before[name]) and parameter.stride() == before[name].stride()
 
 
 def test_atari_agent_starts_as_in_the_released_code():

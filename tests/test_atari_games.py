@@ -5,6 +5,7 @@ from collections import deque
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv, WarpFrame
 
 import sppo_atari
@@ -16,7 +17,8 @@ SEEDS = np.array([11, 22, 33, 44])
 def play(env_id, num_steps=100, sticky=Args.repeat_action_probability):
     """Observations and rewards of four games under random actions, the same ones on every call."""
     games, rng = Games(env_id, SEEDS, sticky), np.random.default_rng(0)
-    rows = [(games.step(rng.integers(games.num_actions, size=4))[0], games.obs.copy()) for _ in range(num_steps)]
+    actions = rng.integers(games.num_actions, size=(num_steps, 4))
+    rows = [(games.step(action)[0], games.obs.numpy().copy()) for action in actions]
     return [np.stack(column) for column in zip(*rows)]
 
 
@@ -103,6 +105,22 @@ def test_no_game_stands_waiting_for_fire():
         games.step(np.zeros(4, dtype=int))
         over |= games.over
     assert over.all()
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_the_parts_are_all_games_once(num_envs):
+    games = Games("ALE/Breakout-v5", SEEDS[:num_envs], 0.0)
+    numbers = [np.arange(num_envs)[part] for part in games.parts]
+    assert np.concatenate(numbers).tolist() == list(range(num_envs)) and all(map(len, numbers))
+
+
+def test_a_game_does_not_depend_on_the_games_beside_it():
+    games, alone = (Games("ALE/Qbert-v5", seeds, 0.0) for seeds in (SEEDS, SEEDS[2:3]))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        action = rng.integers(games.num_actions, size=4)
+        (reward, *_), (own_reward, *_) = games.step(action), alone.step(action[2:3])
+        assert reward[2] == own_reward[0] and torch.equal(games.obs[2], alone.obs[0])
 
 
 def test_a_game_without_fire_is_played_as_it_is():

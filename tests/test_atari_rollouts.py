@@ -59,9 +59,9 @@ def play_again(seed, actions):
     rows, score, length = [], 0, 0
     obs, info = env.reset(seed=np.array([seed]))
     for action in actions:
-        before, lives = obs[0].copy(), info["lives"][0]
+        before, lives = obs[0].transpose(1, 2, 0), info["lives"][0]
         obs, reward, (terminated,), (truncated,), info = env.step(np.array([action]))
-        last_obs, lost_life = obs[0].copy(), info["lives"][0] < lives and not terminated and not truncated
+        last_obs, lost_life = obs[0].transpose(1, 2, 0), info["lives"][0] < lives and not terminated and not truncated
         score, length = score + reward[0], length + 1
         rows.append((before, reward[0], lost_life, terminated, truncated, last_obs, score, length))
         if terminated or truncated:
@@ -83,8 +83,8 @@ def story(agent):
     with pytest.MonkeyPatch.context() as monkeypatch:
         limit_games(monkeypatch)
         games = Games("ALE/Breakout-v5", SEEDS, 0.0)
-    step = games.step
-    games.step = lambda action: (step(action), action_played.append(games.action.copy()))[0]
+    send = games.send
+    games.send = lambda i, action: (send(i, action), action_played.append(games.action[games.parts[i]].copy()))
     rollout, generator = Rollout(NUM_STEPS, len(SEEDS), torch.device("cpu")), torch.Generator().manual_seed(0)
     for i in range(NUM_ROLLOUTS):
         sppo_atari.collect(games, agent, rollout, generator)
@@ -92,9 +92,10 @@ def story(agent):
         played.append([np.asarray(getattr(rollout, name)).copy() for name in names])
         finished += [(i * NUM_STEPS + t, score, length) for t, score, length in rollout.finished]
     columns = [np.concatenate(column) for column in zip(*played)]
+    action_played = np.reshape(action_played, (-1, len(SEEDS)))  # from two parts
     again = [play_again(seed, actions) for seed, actions in zip(SEEDS, np.transpose(action_played))]
     truth = Truth(*(np.stack([np.stack(field) for field in column], axis=1) for column in zip(*again)))
-    return Played(*columns, np.stack(action_played)), truth, finished
+    return Played(*columns, action_played), truth, finished
 
 
 def test_the_story_has_everything(story):
@@ -112,7 +113,7 @@ def test_observations_and_rewards_are_those_of_the_games(story):
     np.testing.assert_array_equal(played.rewards, np.sign(truth.rewards))
     new_game = np.roll(truth.game_over | truth.truncated, 1, axis=0)
     new_game[0] = True
-    assert not played.obs[new_game][:, :3].any()  # a stack with one frame in it
+    assert not played.obs[new_game][..., :3].any()  # a stack with one frame in it
 
 
 def test_dones_are_lost_lives_game_overs_and_truncations(story):
@@ -177,7 +178,7 @@ def test_an_update_is_a_step_on_the_whole_loss(agent, max_grad_norm):
     """At π = π_old the policy gradient is that of −(α + β|Z|) A log π; the entropy is raised, the value error lowered.
     Means are over the valid samples."""
     trained = copy.deepcopy(agent).double()
-    obs, actions = torch.randint(256, (32, 4, 84, 84), dtype=torch.uint8), torch.arange(32) % 4
+    obs, actions = torch.randint(256, (32, 84, 84, 4), dtype=torch.uint8), torch.arange(32) % 4
     advantages, returns = torch.randn(2, 32, dtype=torch.float64)
     valid = (torch.arange(32) % 5 > 0).double()
     logprobs, value = trained.get_logprobs_and_value(obs)
@@ -198,7 +199,7 @@ def test_an_update_is_a_step_on_the_whole_loss(agent, max_grad_norm):
 
 
 def test_too_large_a_kl_ends_the_updates(agent):
-    obs, zeros = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8), torch.zeros(8)
+    obs, zeros = torch.randint(256, (8, 84, 84, 4), dtype=torch.uint8), torch.zeros(8)
     batch = Batch(obs, zeros.long(), zeros.unsqueeze(1) - 1.0, torch.arange(8.0), zeros, zeros + 1)  # far from π_old
     for target_kl, epochs in ((1e-6, 1), (None, 3), (1e6, 3)):
         trained, args = copy.deepcopy(agent), Args(update_epochs=3, num_minibatches=2, target_kl=target_kl)

@@ -98,7 +98,7 @@ def test_a_vector_holds_the_parameters():
 
 def atari_batch(script, size):
     generator = torch.Generator().manual_seed(1)
-    obs = torch.randint(256, (size, 4, 84, 84), dtype=torch.uint8, generator=generator)
+    obs = torch.randint(256, (size, 84, 84, 4), dtype=torch.uint8, generator=generator)
     fields = dict(obs=obs, actions=torch.arange(size) % 6, weight=torch.ones(size))
     fields |= dict(zip(("advantages", "returns"), torch.randn(2, size, generator=generator)))
     if "logprobs" in script.Batch._fields:

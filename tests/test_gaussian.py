@@ -136,10 +136,10 @@ def test_binned_samples(binned, obs):
 
 def test_atari_judges_as_torch_does():
     torch.manual_seed(0)
-    agent, obs = AtariAgent(6).requires_grad_(False), torch.randint(256, (32, 4, 84, 84), dtype=torch.uint8)
+    agent, obs = AtariAgent(6).requires_grad_(False), torch.randint(256, (32, 84, 84, 4), dtype=torch.uint8)
     agent.policy.weight *= 100
     action, logprob, value = agent.act(obs, torch.Generator().manual_seed(0))
-    categorical = Categorical(logits=agent.policy(agent.features(obs / 255)))
+    categorical = Categorical(logits=agent.policy(agent.features(obs.movedim(3, 1) / 255)))
     judged, entropy, judged_value = agent(obs, action)
     for says in (logprob, judged):
         torch.testing.assert_close(says[:, 0], categorical.log_prob(action))
