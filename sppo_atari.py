@@ -509,8 +509,8 @@ def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.
             games.send(i, rollout.actions[t, part].cpu().numpy())
     torch.set_num_threads(threads)
     rollout.next_value[:] = agent.get_value(games.obs.to(generator.device))
-    (over, score, length), times = (ends[0] > 0, *ends[1:]), np.flatnonzero(ends[0].any(1)).tolist()
-    rollout.finished = [(t, score[t, over[t]].mean(), length[t, over[t]].mean()) for t in times]
+    over, score, length = ends[0] > 0, *ends[1:]
+    rollout.finished = [(t, score[t, over[t]].mean(), length[t, over[t]].mean()) for t in np.flatnonzero(over.any(1))]
 
 
 def gradient(agent: AtariAgent, mb: Batch, clip_coef: float, args: Args) -> tuple[list, torch.Tensor, torch.Tensor]:
