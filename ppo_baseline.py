@@ -41,6 +41,7 @@ The algorithm, as `main` runs it:
     python ppo_baseline.py --env-id Hopper-v5 --policy discretized --pg-coef 20.5 --reward-noise 0.05
 """
 
+import contextlib
 import copy
 import ctypes
 import difflib
@@ -263,20 +264,24 @@ def check_environment(env_id: str, video: bool) -> None:
 def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **options) -> AtariVectorEnv:
     """ale-py's native vector environment with the usual preprocessing: 84×84 greyscale, 4 frames stacked, actions held
     for 4 frames, FIRE and 0 to 29 no-ops at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
-    if batch := hasattr(os, "SCHED_BATCH"):  # its threads inherit it: woken, they wait for a core, and do not take ours
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    envs = AtariVectorEnv(
-        gym.spec(env_id).kwargs["game"],
-        num_envs,
-        repeat_action_probability=repeat_action_probability,
-        reward_clipping=False,  # the raw score is what is reported
-        life_loss_info=True,  # a lost life sets `terminated` and the game goes on
-        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # a finished game starts anew within the same step
-        **options,
-    )
-    if batch:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    return envs
+    usual = hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER
+    if usual:  # its threads inherit this: woken, they wait for a core, and do not take ours
+        with contextlib.suppress(OSError):  # some sandboxes refuse
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        return AtariVectorEnv(
+            gym.spec(env_id).kwargs["game"],
+            num_envs,
+            repeat_action_probability=repeat_action_probability,
+            reward_clipping=False,  # the raw score is what is reported
+            life_loss_info=True,  # a lost life sets `terminated` and the game goes on
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # a finished game starts anew within the same step
+            **options,
+        )
+    finally:
+        if usual:
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Games:
@@ -306,8 +311,7 @@ class Games:
     def send(self, i: int, action: np.ndarray) -> None:
         """Begins a step of the games in part `i`; `receive` waits for its end."""
         part = self.parts[i]
-        over, must_fire = self.over[part], self.must_fire[part]
-        self.score[part][over] = self.length[part][over] = 0
+        must_fire = self.must_fire[part]
         self.valid[part] = ~must_fire
         self.action[part] = np.where(must_fire, self.fire, action) if must_fire.any() else action
         self.envs[i].send(self.action[part])
@@ -318,6 +322,7 @@ class Games:
         part = self.parts[i]
         obs, reward, terminated, truncated, info = self.envs[i].recv()
         self.obs[part] = channels_last(obs)
+        self.score[part][self.over[part]] = self.length[part][self.over[part]] = 0  # over with the step before
         self.over[part] = info["episode_frame_number"] <= self.frame[part]  # only a new game counts from the start
         self.frame[part] = info["episode_frame_number"]
         self.score[part] += reward
@@ -331,7 +336,7 @@ class Games:
         for i, part in enumerate(self.parts):
             self.send(i, action[part])
         results = [self.receive(i)[:3] for i in range(len(self.parts))]
-        return tuple(np.concatenate(result) for result in zip(*results))
+        return tuple(map(np.concatenate, zip(*results)))
 
 
 def channels_last(obs: np.ndarray) -> torch.Tensor:
@@ -525,9 +530,11 @@ class AtariAgent(nn.Module):
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
         dtype = self.value.weight.dtype
-        pixels, conv = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype), self.features[0]
+        pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype)
+        conv = self.features[0]
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # instead of pixels / 255
+            # The weights are divided by 255 instead of the pixels: there are fewer of them.
+            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)
             features = self.features[1:](hidden).to(dtype)
         return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
 
@@ -598,10 +605,10 @@ class BinnedAgent(nn.Module):
 def for_few_observations(agent: AtariAgent) -> AtariAgent:
     """A copy of the agent as it is now that acts faster."""
     agent = copy.deepcopy(agent)
-    hidden = agent.features[-2]
     if agent.bf16:
         agent.features[1:].bfloat16()  # once, instead of at every step
     else:
+        hidden = agent.features[-2]
         hidden.weight.data = hidden.weight.data.t().contiguous().t()  # this layout is faster for few rows alone
     return agent
 
@@ -737,9 +744,10 @@ class Rollout:
 @torch.inference_mode()
 def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
-    agent, num_steps, threads = for_few_observations(agent), len(rollout.obs), torch.get_num_threads()
-    torch.set_num_threads(max(threads // 2, 1))  # on the other cores games are played meanwhile
-    ends = np.zeros((3, *rollout.dones.shape))  # whether a game is over with this step; its score and length
+    agent = for_few_observations(agent)
+    num_steps, threads = len(rollout.obs), torch.get_num_threads()
+    torch.set_num_threads(max(threads // len(games.parts), 1))  # on the other cores games are played meanwhile
+    rollout.finished.clear()
     rollout.bootstraps[:] = 0
     for t in range(num_steps + 1):
         for i, part in enumerate(games.parts):
@@ -752,17 +760,14 @@ def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, generator: 
                 if cut.any():
                     value = agent.get_value(final_obs[torch.from_numpy(cut)].to(generator.device))
                     rollout.bootstraps[t - 1, part][cut] = value.cpu()
-                ends[:, t - 1, part] = games.over[part], games.score[part], games.length[part]
-            if t == num_steps:
-                continue
-            rollout.obs[t, part] = obs = games.obs[part].to(generator.device)
-            action, logprob, value = agent.act(obs, generator)
-            rollout.actions[t, part], rollout.logprobs[t, part], rollout.values[t, part] = action, logprob, value
-            games.send(i, rollout.actions[t, part].cpu().numpy())
+            if t < num_steps:
+                rollout.obs[t, part] = obs = games.obs[part].to(generator.device)
+                rollout.actions[t, part], rollout.logprobs[t, part], rollout.values[t, part] = agent.act(obs, generator)
+                games.send(i, rollout.actions[t, part].cpu().numpy())
+        if t > 0 and games.over.any():
+            rollout.finished.append((t - 1, games.score[games.over].mean(), games.length[games.over].mean()))
     torch.set_num_threads(threads)
     rollout.next_value[:] = agent.get_value(games.obs.to(generator.device))
-    over, score, length = ends[0] > 0, *ends[1:]
-    rollout.finished = [(t, score[t, over[t]].mean(), length[t, over[t]].mean()) for t in np.flatnonzero(over.any(1))]
 
 
 @torch.inference_mode()
@@ -1035,7 +1040,7 @@ def check_finite(stats: dict[str, float], agent: nn.Module, iteration: int) -> N
     names = ("policy_loss", "forward_loss", "value_loss", "entropy", "grad_norm")
     bad = [name for name in names if not math.isfinite(stats[f"losses/{name}"])]
     norm = nn.utils.get_total_norm([parameter.detach() for parameter in agent.parameters()])
-    if not math.isfinite(norm.item()):  # looks at every number, but fast and with one wait for the GPU
+    if not math.isfinite(norm):  # has seen every number, with one wait for the GPU; may just be very large
         bad = bad or [name for name, parameter in agent.named_parameters() if not parameter.isfinite().all()]
     if bad:
         raise FloatingPointError(f"infinite or NaN in iteration {iteration}: {', '.join(bad)}")

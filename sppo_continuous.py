@@ -760,7 +760,7 @@ def check_finite(stats: dict[str, float], agent: nn.Module, iteration: int) -> N
     names = ("policy_loss", "forward_loss", "value_loss", "entropy", "grad_norm")
     bad = [name for name in names if not math.isfinite(stats[f"losses/{name}"])]
     norm = nn.utils.get_total_norm([parameter.detach() for parameter in agent.parameters()])
-    if not math.isfinite(norm.item()):  # looks at every number, but fast and with one wait for the GPU
+    if not math.isfinite(norm):  # has seen every number, with one wait for the GPU; may just be very large
         bad = bad or [name for name, parameter in agent.named_parameters() if not parameter.isfinite().all()]
     if bad:
         raise FloatingPointError(f"infinite or NaN in iteration {iteration}: {', '.join(bad)}")

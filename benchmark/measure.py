@@ -138,10 +138,9 @@ def measure_script(job: dict, clock: Clock) -> None:
         script.update = timed(update, clock.add_part("update"), wait)
         script.gae = timed(script.gae, clock.add_part("advantages"))
         script.SummaryWriter.add_scalar = timed(script.SummaryWriter.add_scalar, clock.add_part("logging"))
-        for envs, step in (("Games", "receive"), ("Environments", "step")):  # games are played while the network acts
-            if hasattr(script, envs):
-                envs = getattr(script, envs)
-                setattr(envs, step, timed(getattr(envs, step), clock.add_part("environment")))
+        for name, method in (("Games", "receive"), ("Environments", "step")):
+            if envs := getattr(script, name, None):
+                setattr(envs, method, timed(getattr(envs, method), clock.add_part("environment")))
     script.main(args)
 
 

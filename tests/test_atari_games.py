@@ -1,5 +1,6 @@
 """The Atari environment, by how it behaves: what is played, seen and scored."""
 
+import os
 from collections import deque
 
 import gymnasium as gym
@@ -105,6 +106,22 @@ def test_no_game_stands_waiting_for_fire():
         games.step(np.zeros(4, dtype=int))
         over |= games.over
     assert over.all()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="another kind of system")
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_scheduling_policy_of_the_process_stays(monkeypatch, refused):
+    """Some sandboxes know no other policy than the usual one."""
+    before, calls = os.sched_getscheduler(0), []
+
+    def refuse(*args):
+        calls.append(args)
+        raise OSError("not permitted")
+
+    if refused:
+        monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    make_games("ALE/Breakout-v5", 1, 0.0).reset(seed=SEEDS[:1])
+    assert os.sched_getscheduler(0) == before and len(calls) == 2 * refused
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3])

@@ -26,6 +26,8 @@ class Played(NamedTuple):
 
     obs: np.ndarray
     actions: np.ndarray  # the learner's
+    logprobs: np.ndarray
+    values: np.ndarray
     rewards: np.ndarray
     dones: np.ndarray
     valid: np.ndarray
@@ -88,7 +90,7 @@ def story(agent):
     rollout, generator = Rollout(NUM_STEPS, len(SEEDS), torch.device("cpu")), torch.Generator().manual_seed(0)
     for i in range(NUM_ROLLOUTS):
         sppo_atari.collect(games, agent, rollout, generator)
-        names = ("obs", "actions", "rewards", "dones", "valid", "bootstraps")
+        names = ("obs", "actions", "logprobs", "values", "rewards", "dones", "valid", "bootstraps")
         played.append([np.asarray(getattr(rollout, name)).copy() for name in names])
         finished += [(i * NUM_STEPS + t, score, length) for t, score, length in rollout.finished]
     columns = [np.concatenate(column) for column in zip(*played)]
@@ -114,6 +116,35 @@ def test_observations_and_rewards_are_those_of_the_games(story):
     new_game = np.roll(truth.game_over | truth.truncated, 1, axis=0)
     new_game[0] = True
     assert not played.obs[new_game][..., :3].any()  # a stack with one frame in it
+
+
+def test_log_probabilities_and_values_are_those_of_their_row(story, agent):
+    played, _, _ = story
+    rows = slice(None, None, 7)
+    obs, actions = (torch.from_numpy(x[rows]).flatten(0, 1) for x in (played.obs, played.actions))
+    with torch.inference_mode():
+        logprobs, _, values = agent(obs, actions)
+    np.testing.assert_allclose(played.logprobs[rows].reshape(-1, 1), logprobs, rtol=1e-4)
+    np.testing.assert_allclose(played.values[rows].flatten(), values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_any_number_of_games_can_be_collected(agent, num_envs):
+    games, generator = Games("ALE/Breakout-v5", SEEDS[:num_envs], 0.0), torch.Generator().manual_seed(0)
+    rollout, threads = Rollout(8, num_envs, torch.device("cpu")), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(2):
+            sppo_atari.collect(games, agent, rollout, generator)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    with torch.inference_mode():
+        logprobs, _, values = agent(rollout.obs.flatten(0, 1), rollout.actions.flatten())
+        next_value = agent.get_value(games.obs)
+    torch.testing.assert_close(rollout.logprobs.flatten(), logprobs.flatten(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.values.flatten(), values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.next_value, next_value, rtol=1e-4, atol=1e-5)
 
 
 def test_dones_are_lost_lives_game_overs_and_truncations(story):

@@ -131,6 +131,20 @@ def test_a_compiled_gradient_is_the_gradient():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=BF16)])
+@pytest.mark.parametrize("script", [sppo_atari, sa2c_atari, ppo_baseline])
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_the_gradient_on_atari_is_one_graph(script, bf16):
+    """As --compile asks; without the C++ compiler behind it the numbers are the same."""
+    torch.manual_seed(0)
+    agent, args, batch = script.AtariAgent(6, bf16), script.Args(compile=True, ent_coef=0.01), atari_batch(script, 16)
+    arguments = (agent, batch, args) if script is sa2c_atari else (agent, batch, torch.tensor(0.1), args)
+    compiled = torch.compile(script.gradient, fullgraph=True, backend="aot_eager")
+    (grads, *rest), (expected_grads, *expected) = (function(*arguments) for function in (compiled, script.gradient))
+    for x, y in zip((*grads, *rest), (*expected_grads, *expected)):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.parametrize("script", ["sppo_atari", "sa2c_atari", "ppo_baseline"])
 def test_freed_memory_is_kept(script):
