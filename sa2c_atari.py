@@ -62,6 +62,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+# For torch, before its import: threads without work (GNU OpenMP) look out for it for less than a millisecond and then
+# sleep, so that games get the cores. As long as they look out, they are at once at hand for the network's next layer.
+os.environ.setdefault("GOMP_SPINCOUNT", "15000")
+
 import ale_py
 import gymnasium as gym
 import imageio
@@ -145,7 +149,7 @@ class Args:
     compile: bool = False
     """compile the loss and its gradient: faster after half a minute, other rounding; needs a C++ compiler"""
     torch_threads: int = 0
-    """CPU threads of torch, half of them while games are played; 0: one per core, at most 8"""
+    """CPU threads of torch; 0: one per core, at most 8"""
     track: bool = False
     """mirror the run to Weights & Biases"""
     wandb_project_name: str = "symmetric-rl"
@@ -224,58 +228,38 @@ def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **o
 
 
 class Games:
-    """Games side by side, in two parts: while ale-py's threads play one, the network can act for the other. After a
-    lost life FIRE is pressed for one step, where the game has it: none stands waiting.
+    """Games side by side. After a lost life FIRE is pressed for one step, where the game has it: none stands waiting.
 
-    `obs` (num_envs, 84, 84, 4) uint8, a tensor with channels last, as convolutions want them, is what to act on next.
-    Of the last step, with an entry per game: `score` and `length` (in steps) of the game so far, or of the whole game
-    where it is `over`; the `action` played; `valid`, False where FIRE was pressed for the learner: no sample.
+    `obs` (num_envs, 84, 84, 4) uint8, a tensor, is what to act on next. Of the last step, with an entry per game:
+    `score` and `length` (in steps) of the game so far, or of the whole game where it is `over`; the `action` played;
+    `valid`, False where FIRE was pressed for the learner: no sample.
     """
 
     def __init__(self, env_id: str, seeds: np.ndarray, repeat_action_probability: float):
-        half = len(seeds) // 2
-        self.parts = [slice(half), slice(half, None)] if half else [slice(None)]
-        self.envs = [make_games(env_id, len(seeds[part]), repeat_action_probability) for part in self.parts]
-        actions = self.envs[0].ale.get_action_set()
+        self.envs = make_games(env_id, len(seeds), repeat_action_probability)
+        actions = self.envs.ale.get_action_set()
         self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
         self.num_actions = len(actions)
-        self.obs = torch.zeros((len(seeds), 84, 84, 4), dtype=torch.uint8)
-        self.action, self.frame = np.zeros((2, len(seeds)), dtype=np.int64)
-        self.must_fire, self.over, self.valid = np.zeros((3, len(seeds)), dtype=bool)
+        obs, info = self.envs.reset(seed=seeds)
+        self.obs, self.frame = channels_last(obs), info["episode_frame_number"]
+        self.must_fire, self.over = np.zeros((2, len(seeds)), dtype=bool)
         self.score, self.length = np.zeros((2, len(seeds)))
-        for part, envs in zip(self.parts, self.envs):
-            obs, info = envs.reset(seed=seeds[part])
-            self.obs[part], self.frame[part] = channels_last(obs), info["episode_frame_number"]
 
-    def send(self, i: int, action: np.ndarray) -> None:
-        """Begins a step of the games in part `i`; `receive` waits for its end."""
-        part = self.parts[i]
-        must_fire = self.must_fire[part]
-        self.valid[part] = ~must_fire
-        self.action[part] = np.where(must_fire, self.fire, action) if must_fire.any() else action
-        self.envs[i].send(self.action[part])
-
-    def receive(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor | None]:
-        """Of the games in part `i`: raw reward; terminated: the game is over or a life is lost; truncated: it was cut
-        off at 108,000 frames; final_obs: last observation of the game where truncated, rubbish elsewhere."""
-        part = self.parts[i]
-        obs, reward, terminated, truncated, info = self.envs[i].recv()
-        self.obs[part] = channels_last(obs)
-        self.score[part][self.over[part]] = self.length[part][self.over[part]] = 0  # over with the step before
-        self.over[part] = info["episode_frame_number"] <= self.frame[part]  # only a new game counts from the start
-        self.frame[part] = info["episode_frame_number"]
-        self.score[part] += reward
-        self.length[part] += 1
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor | None]:
+        """Raw reward; terminated: the game is over or a life is lost; truncated: it was cut off at 108,000 frames;
+        final_obs: last observation of the game where truncated, rubbish elsewhere."""
+        self.score[self.over] = self.length[self.over] = 0  # over with the step before
+        self.valid = ~self.must_fire
+        self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
+        obs, reward, terminated, truncated, info = self.envs.step(self.action)
+        self.obs = channels_last(obs)
+        self.over = info["episode_frame_number"] <= self.frame  # only a new game counts its frames from the start
+        self.frame = info["episode_frame_number"]
+        self.score += reward
+        self.length += 1
         if self.fire is not None:
-            self.must_fire[part] = terminated & ~self.over[part]
+            self.must_fire = terminated & ~self.over
         return reward, terminated, truncated, channels_last(info["final_obs"]) if truncated.any() else None
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A step of all games: raw reward, terminated and truncated, as `receive` has them."""
-        for i, part in enumerate(self.parts):
-            self.send(i, action[part])
-        results = [self.receive(i)[:3] for i in range(len(self.parts))]
-        return tuple(map(np.concatenate, zip(*results)))
 
 
 def channels_last(obs: np.ndarray) -> torch.Tensor:
@@ -316,12 +300,14 @@ class AtariAgent(nn.Module):
         )
         self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.value = layer_init(nn.Linear(512, 1), std=1.0)
-        self.to(memory_format=torch.channels_last)  # convolutions on a CPU are much faster so
+        self.to(memory_format=torch.channels_last)  # on a CPU much faster, as is this layout for few observations:
+        hidden = self.features[-2]
+        hidden.weight.data = hidden.weight.data.t().contiguous().t()
 
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
         dtype = self.value.weight.dtype
-        pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype)
+        pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype, memory_format=torch.channels_last)
         conv = self.features[0]
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             # The weights are divided by 255 instead of the pixels: there are fewer of them.
@@ -345,13 +331,13 @@ class AtariAgent(nn.Module):
 
 
 def for_few_observations(agent: AtariAgent) -> AtariAgent:
-    """A copy of the agent as it is now that acts faster."""
-    agent = copy.deepcopy(agent)
+    """What acts fastest as this agent would now: with bf16 a copy that has its weights in bfloat16 already, so that
+    they are not converted anew at every step."""
     if agent.bf16:
-        agent.features[1:].bfloat16()  # once, instead of at every step
-    else:
+        agent = copy.deepcopy(agent)
+        agent.features[1:].bfloat16()
         hidden = agent.features[-2]
-        hidden.weight.data = hidden.weight.data.t().contiguous().t()  # this layout is faster for few rows alone
+        hidden.weight.data = hidden.weight.data.contiguous()  # bfloat16 is faster so
     return agent
 
 
@@ -468,30 +454,22 @@ class Rollout:
 @torch.inference_mode()
 def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
-    agent = for_few_observations(agent)
-    num_steps, threads = len(rollout.obs), torch.get_num_threads()
-    torch.set_num_threads(max(threads // len(games.parts), 1))  # on the other cores games are played meanwhile
+    agent, device = for_few_observations(agent), generator.device
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
-    for t in range(num_steps + 1):
-        for i, part in enumerate(games.parts):
-            if t > 0:  # what the step before led to
-                reward, terminated, truncated, final_obs = games.receive(i)
-                rollout.rewards[t - 1, part] = np.sign(reward)
-                rollout.dones[t - 1, part] = terminated | truncated
-                rollout.valid[t - 1, part] = games.valid[part]
-                cut = truncated & ~terminated
-                if cut.any():
-                    value = agent.get_value(final_obs[torch.from_numpy(cut)].to(generator.device))
-                    rollout.bootstraps[t - 1, part][cut] = value.cpu()
-            if t < num_steps:
-                rollout.obs[t, part] = obs = games.obs[part].to(generator.device)
-                rollout.actions[t, part], _, rollout.values[t, part] = agent.act(obs, generator)
-                games.send(i, rollout.actions[t, part].cpu().numpy())
-        if t > 0 and games.over.any():
-            rollout.finished.append((t - 1, games.score[games.over].mean(), games.length[games.over].mean()))
-    torch.set_num_threads(threads)
-    rollout.next_value[:] = agent.get_value(games.obs.to(generator.device))
+    for t, obs in enumerate(rollout.obs):
+        obs[:] = games.obs
+        rollout.actions[t], _, rollout.values[t] = agent.act(obs, generator)
+        reward, terminated, truncated, final_obs = games.step(rollout.actions[t].cpu().numpy())
+        rollout.rewards[t] = np.sign(reward)
+        rollout.dones[t] = terminated | truncated
+        rollout.valid[t] = games.valid
+        cut = truncated & ~terminated
+        if cut.any():
+            rollout.bootstraps[t, cut] = agent.get_value(final_obs[torch.from_numpy(cut)].to(device)).cpu()
+        if games.over.any():
+            rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
+    rollout.next_value[:] = agent.get_value(games.obs.to(device))
 
 
 def gradient(agent: AtariAgent, batch: Batch, args: Args) -> tuple[list, torch.Tensor, torch.Tensor]:

@@ -94,13 +94,13 @@ def play_at_random(space, shape: tuple[int, ...], step, clock: Clock) -> None:
 
 def measure_script(job: dict, clock: Clock) -> None:
     """One of our scripts, from its own `main`."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    name, *flags = job["contestant"].split()
+    script, mode, gpu = importlib.import_module(name), job["mode"], job["kind"] == "gpu"  # before torch: it sets it up
     import gymnasium as gym
     import torch
     import tyro
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    name, *flags = job["contestant"].split()
-    script, mode, gpu = importlib.import_module(name), job["mode"], job["kind"] == "gpu"
     for field in ["env_id", "seed", "num_envs", "num_steps", "num_minibatches", "total_timesteps"]:
         if field in script.Args.__dataclass_fields__:  # sa2c_atari.py has no minibatches
             flags += [f"--{field.replace('_', '-')}", str(job[field])]
@@ -138,9 +138,9 @@ def measure_script(job: dict, clock: Clock) -> None:
         script.update = timed(update, clock.add_part("update"), wait)
         script.gae = timed(script.gae, clock.add_part("advantages"))
         script.SummaryWriter.add_scalar = timed(script.SummaryWriter.add_scalar, clock.add_part("logging"))
-        for name, method in (("Games", "receive"), ("Environments", "step")):
+        for name in ("Games", "Environments"):
             if envs := getattr(script, name, None):
-                setattr(envs, method, timed(getattr(envs, method), clock.add_part("environment")))
+                envs.step = timed(envs.step, clock.add_part("environment"))
     script.main(args)
 
 

@@ -124,13 +124,6 @@ def test_the_scheduling_policy_of_the_process_stays(monkeypatch, refused):
     assert os.sched_getscheduler(0) == before and len(calls) == 2 * refused
 
 
-@pytest.mark.parametrize("num_envs", [1, 2, 3])
-def test_the_parts_are_all_games_once(num_envs):
-    games = Games("ALE/Breakout-v5", SEEDS[:num_envs], 0.0)
-    numbers = [np.arange(num_envs)[part] for part in games.parts]
-    assert np.concatenate(numbers).tolist() == list(range(num_envs)) and all(map(len, numbers))
-
-
 def test_a_game_does_not_depend_on_the_games_beside_it():
     games, alone = (Games("ALE/Qbert-v5", seeds, 0.0) for seeds in (SEEDS, SEEDS[2:3]))
     rng = np.random.default_rng(0)

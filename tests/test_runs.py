@@ -158,13 +158,13 @@ def test_the_video_plays(runs):
 
 
 def test_the_video_shows_the_game_that_was_scored(tmp_path, monkeypatch):
-    """Games are looked at through the environments of an evaluation: two parts in grey, the first game in colour."""
+    """Games are looked at through the two environments of an evaluation, the games in grey and the first in colour."""
     logs, make_games = [], sppo_atari.make_games
 
     def watched(*args, **options):
         env, log = make_games(*args, **options), []
-        step, recv = env.step, env.recv
-        env.step, env.recv = lambda action: log.append(step(action)) or log[-1], lambda: log.append(recv()) or log[-1]
+        step = env.step
+        env.step = lambda action: log.append(step(action)) or log[-1]
         logs.append(log)
         return env
 
@@ -174,9 +174,8 @@ def test_the_video_shows_the_game_that_was_scored(tmp_path, monkeypatch):
     sequence = np.random.SeedSequence(2)
     scores = sppo_atari.evaluate_games(AtariAgent(4), Args(eval_episodes=3), sequence, video)
 
-    *parts, (obs, colour, *_) = (list(zip(*log)) for log in logs)
-    grey = np.concatenate([np.stack(rewards) for _, rewards, *_ in parts], axis=1)
-    lives = np.concatenate([np.stack([info["lives"] for info in infos]) for *_, infos in parts], axis=1)
+    (_, grey, _, _, infos), (obs, colour, *_) = (list(zip(*log)) for log in logs)
+    grey, lives = np.stack(grey), np.stack([info["lives"] for info in infos])
     colour = np.stack(colour)
     lengths = (np.diff(lives, axis=0) > 0).argmax(0) + 2  # a new game has all lives again
     np.testing.assert_array_equal(scores, [grey[:length, i].sum() for i, length in enumerate(lengths)])
