@@ -490,6 +490,17 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
+class TransposedLinear(nn.Linear):
+    """nn.Linear with its weight as (inputs, outputs): a large one is twice as fast for few observations."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.weight.data = self.weight.data.t().contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
 class AtariAgent(nn.Module):
     """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 84, 84, 4) uint8."""
 
@@ -504,14 +515,12 @@ class AtariAgent(nn.Module):
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
             nn.ReLU(inplace=True),
             nn.Flatten(),
-            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            layer_init(TransposedLinear(64 * 7 * 7, 512)),
             nn.ReLU(inplace=True),
         )
         self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.value = layer_init(nn.Linear(512, 1), std=1.0)
-        self.to(memory_format=torch.channels_last)  # on a CPU much faster, as is this layout for few observations:
-        hidden = self.features[-2]
-        hidden.weight.data = hidden.weight.data.t().contiguous().t()
+        self.to(memory_format=torch.channels_last)  # convolutions on a CPU are much faster so
 
     def get_logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
@@ -595,7 +604,7 @@ def for_few_observations(agent: AtariAgent) -> AtariAgent:
         agent = copy.deepcopy(agent)
         agent.features[1:].bfloat16()
         hidden = agent.features[-2]
-        hidden.weight.data = hidden.weight.data.contiguous()  # bfloat16 is faster so
+        hidden.weight.data = hidden.weight.data.t().contiguous().t()  # bfloat16 is faster as in nn.Linear
     return agent
 
 
