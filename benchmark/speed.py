@@ -14,8 +14,7 @@ network, batch settings, seed and number of torch threads; `make_model` in refer
     rollouts     the same without the update: acting, environment, advantages, logging
     update       the update alone, again and again on one rollout
     environment  the environment alone with random actions, and the bare one without statistics or wrappers
-    split        where an iteration of ours spends its time. Only here are there timers within an iteration. Atari games
-                 are played while the network acts: "environment" is the time that is waited for them after that
+    split        where an iteration of ours spends its time. Only here are there timers within an iteration
 """
 
 import argparse

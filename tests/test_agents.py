@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 from sppo_atari import AtariAgent, for_few_observations, sample
 
@@ -31,6 +32,30 @@ def test_atari_agent_judges_as_it_acts():
     torch.testing.assert_close(logprob[:, 0].exp(), probabilities[torch.arange(32), action])
     torch.testing.assert_close(entropy, torch.distributions.Categorical(probabilities).entropy())
     assert entropy.max() < np.log(6) - 0.01
+
+
+def test_atari_agent_is_the_nature_cnn():
+    """Policy, value and their gradients, against the layers written out in float64."""
+    torch.manual_seed(0)
+    agent, obs = AtariAgent(6), torch.randint(256, (4, 84, 84, 4), dtype=torch.uint8)
+    logprobs, value = agent.get_logprobs_and_value(obs)
+    names, parameters = zip(*agent.named_parameters())
+    grads = torch.autograd.grad(logprobs[:, 0].sum() + value.square().sum(), parameters)
+
+    doubles = [parameter.detach().double().requires_grad_() for parameter in parameters]
+    w1, b1, w2, b2, w3, b3, hidden, b4, policy, b5, critic, b6 = doubles
+    x = (obs.permute(0, 3, 1, 2).double() / 255).contiguous()
+    for weight, bias, stride in ((w1, b1, 4), (w2, b2, 2), (w3, b3, 1)):
+        x = nn.functional.conv2d(x, weight, bias, stride).relu()
+    x = (x.reshape(4, 64 * 7 * 7) @ hidden + b4).relu()
+    expected_value = (x @ critic.T + b6)[:, 0]
+    expected = (x @ policy.T + b5).softmax(1).log()
+    expected_grads = torch.autograd.grad(expected[:, 0].sum() + expected_value.square().sum(), doubles)
+
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value.double(), expected_value, rtol=1e-4, atol=1e-5)
+    for name, grad, expected_grad in zip(names, grads, expected_grads):
+        assert (grad - expected_grad).norm() < 1e-4 * expected_grad.norm(), name
 
 
 @pytest.mark.parametrize("bf16", [False, True])
