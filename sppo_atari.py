@@ -62,8 +62,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# For torch, before its import: threads without work (GNU OpenMP) look out for it for less than a millisecond and then
-# sleep, so that games get the cores. As long as they look out, they are at once at hand for the network's next layer.
+# Set before torch is imported. Its OpenMP threads, when idle, then spin for less than a millisecond before they sleep:
+# long enough to catch the network's next layer, short enough to leave the cores to the games.
 os.environ.setdefault("GOMP_SPINCOUNT", "15000")
 
 import ale_py
@@ -195,7 +195,7 @@ def validate(args: Args) -> None:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than one batch ({batch_size} steps)")
     cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 and not (torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()):
-        raise ValueError(f"--bf16 would be slower: this {'GPU' if cuda else 'CPU'} does not compute in bfloat16")
+        raise ValueError(f"--bf16 would be slower: this {'GPU has no bfloat16' if cuda else 'CPU has no AVX512-BF16'}")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
         raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
@@ -222,7 +222,7 @@ def make_games(env_id: str, num_envs: int, repeat_action_probability: float, **o
     """ale-py's native vector environment with the usual preprocessing: 84×84 greyscale, 4 frames stacked, actions held
     for 4 frames, FIRE and 0 to 29 no-ops at reset. Observations (num_envs, 4, 84, 84) uint8, rewards raw int32."""
     usual = hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER
-    if usual:  # its threads inherit this: woken, they wait for a core, and do not take ours
+    if usual:  # its threads inherit this policy: when they wake they wait for a core instead of taking ours
         with contextlib.suppress(OSError):  # some sandboxes refuse
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
@@ -261,7 +261,7 @@ class Games:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor | None]:
         """Raw reward; terminated: the game is over or a life is lost; truncated: it was cut off at 108,000 frames;
-        final_obs: last observation of the game where truncated, rubbish elsewhere."""
+        final_obs: last observation of the game where truncated, undefined elsewhere."""
         self.score[self.over] = self.length[self.over] = 0  # over with the step before
         self.valid = ~self.must_fire
         self.action = np.where(self.must_fire, self.fire, action) if self.must_fire.any() else action
@@ -296,7 +296,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 class TransposedLinear(nn.Linear):
-    """nn.Linear with its weight as (inputs, outputs): a large one is twice as fast for few observations."""
+    """nn.Linear with its weight as (inputs, outputs): twice as fast on a CPU if it is large and inputs are few."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
@@ -353,12 +353,11 @@ class AtariAgent(nn.Module):
         return logprobs.gather(1, action.unsqueeze(1)), -(logprobs.exp() * logprobs).sum(1), value
 
 
-def for_few_observations(agent: AtariAgent) -> AtariAgent:
-    """What acts fastest as this agent would now: with bf16 a copy that has its weights in bfloat16 already, so that
-    they are not converted anew at every step."""
+def for_acting(agent: AtariAgent) -> AtariAgent:
+    """The agent itself; with bf16 a copy whose weights are in bfloat16 already, not converted anew at every step."""
     if agent.bf16:
         half = {id(p): nn.Parameter(p.bfloat16()) for p in agent.features[1:].parameters()}
-        agent = copy.deepcopy(agent, half)  # with these in the place of its own
+        agent = copy.deepcopy(agent, half)  # which takes what it finds there for copied already
     return agent
 
 
@@ -485,7 +484,7 @@ class Rollout:
 @torch.inference_mode()
 def collect(games: Games, agent: AtariAgent, rollout: Rollout, generator: torch.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
-    agent, device = for_few_observations(agent), generator.device
+    agent, device = for_acting(agent), generator.device
     rollout.finished.clear()
     rollout.bootstraps[:] = 0
     for t, obs in enumerate(rollout.obs):
@@ -544,11 +543,12 @@ def update(
             losses.append(logged)
             logprobs.append(logprob)
         logratio = (torch.cat(logprobs) - shuffled.logprobs).sum(1)
-        samples.append(torch.stack((logratio, advantage, normalized))[:, shuffled.weight > 0])
+        samples.append(torch.stack((logratio, advantage, normalized, shuffled.weight)))
         if args.target_kl is not None and (logratio.exp() - 1 - logratio)[shuffled.weight > 0].mean() > args.target_kl:
             break
     policy_loss, forward_loss, reverse_loss, value_loss, entropy, grad_norm = torch.stack(losses).mean(0).tolist()
-    logratio, advantage, normalized = torch.cat(samples, 1)
+    samples = torch.cat(samples, 1)
+    logratio, advantage, normalized, _ = samples[:, samples[3] > 0]
     return {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
@@ -746,6 +746,7 @@ def main(args: Args, run: Path | None = None) -> None:
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # without --bf16 float32 is float32, not NVIDIA's TF32
     torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
     keep_freed_memory()
     torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too

@@ -329,7 +329,7 @@ class Environments:
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Normalised reward; terminated; truncated (by a time limit); final_obs: last observation of an episode that is
-        over, normalised, rubbish elsewhere."""
+        over, normalised, undefined elsewhere."""
         self.totals[:, self.over] = 0  # after a truncation, too
         (terminated, truncated), reward = np.zeros((2, len(self.envs)), dtype=bool), np.zeros(len(self.envs))
         final_obs = np.empty_like(self.obs)

@@ -96,7 +96,7 @@ def measure_script(job: dict, clock: Clock) -> None:
     """One of our scripts, from its own `main`."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     name, *flags = job["contestant"].split()
-    script, mode, gpu = importlib.import_module(name), job["mode"], job["kind"] == "gpu"  # before torch: it sets it up
+    script, mode, gpu = importlib.import_module(name), job["mode"], job["kind"] == "gpu"  # sets variables for torch
     import gymnasium as gym
     import torch
     import tyro

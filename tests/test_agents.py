@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from sppo_atari import AtariAgent, for_few_observations, sample
+from sppo_atari import AtariAgent, for_acting, sample
 
 
 def test_sampled_actions_have_the_softmax_frequencies():
@@ -64,7 +64,7 @@ def test_what_acts_says_the_same(bf16):
     agent, obs = AtariAgent(6, bf16), torch.randint(256, (4, 84, 84, 4), dtype=torch.uint8)
     before = copy.deepcopy(agent.state_dict())
     with torch.inference_mode():
-        few = for_few_observations(agent)
+        few = for_acting(agent)
         for expected, result in zip(agent.get_logprobs_and_value(obs), few.get_logprobs_and_value(obs)):
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         if few is not agent:
