@@ -40,7 +40,7 @@ def main() -> None:
             games.append((env, seed, row))
 
     print("| game | seed | steps | minutes | trained policy | uniform policy |\n| --- | --- | --- | --- | --- | --- |")
-    for env, seed, row in games:
+    for env, seed, row in sorted(games, key=lambda game: game[:2]):
         uniform = reference["uniform", env, 0][1]
         cells = []
         for r in (row, uniform):
