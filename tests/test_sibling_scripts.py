@@ -165,6 +165,14 @@ def test_one_seed_gives_one_run_however_often_it_is_evaluated(runs, name):
     assert watched.scalars["eval/episodic_return"][-1:] == plain.scalars["eval/episodic_return"]
 
 
+def test_sa2c_logs_means_over_the_log_interval(runs, tmp_path):
+    each, both = runs["sa2c"], train(tmp_path, COMMANDS["sa2c"].replace("--log-interval 1", "--log-interval 2"))
+    for tag in both.scalars:
+        if tag.startswith(("losses/", "advantage/", "charts/learning_rate")):
+            assert [step for step, _ in both.scalars[tag]] == [512]
+            np.testing.assert_allclose(values(both, tag), values(each, tag).mean(), rtol=1e-6)
+
+
 def test_the_video_plays(runs):
     """One per evaluation, of its first episode: a frame per step, in which something moves."""
     run = runs["pole, watched"]
