@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from ppo_baseline import BinnedAgent, GaussianAgent
 from sppo_atari import AtariAgent, for_acting, sample
 
 
@@ -65,6 +66,7 @@ def test_what_acts_says_the_same(bf16):
     before = copy.deepcopy(agent.state_dict())
     with torch.inference_mode():
         few = for_acting(agent)
+        assert few.features[-2].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
         for expected, result in zip(agent.get_logprobs_and_value(obs), few.get_logprobs_and_value(obs)):
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         if few is not agent:
@@ -77,6 +79,16 @@ def test_atari_agent_starts_as_in_the_released_code():
     """Orthogonal weights: √2 in the hidden layers, 0.01 for the policy, 1 for the value; no biases."""
     agent = AtariAgent(4)
     layers = [layer for layer in agent.features if hasattr(layer, "weight")] + [agent.policy, agent.value]
-    for layer, gain in zip(layers, [2**0.5] * 4 + [0.01, 1.0], strict=True):
+    assert_initialised(layers, [2**0.5] * 4 + [0.01, 1.0])
+
+
+@pytest.mark.parametrize("agent", [GaussianAgent(5, 3), BinnedAgent(5, (3, 7))])
+def test_control_agents_start_as_in_the_released_code(agent):
+    layers = [layer for layer in (*agent.policy, *agent.value) if hasattr(layer, "weight")]
+    assert_initialised(layers, [2**0.5, 2**0.5, 0.01] + [2**0.5, 2**0.5, 1.0])
+
+
+def assert_initialised(layers, gains):
+    for layer, gain in zip(layers, gains, strict=True):
         torch.testing.assert_close(torch.linalg.svdvals(layer.weight.flatten(1)).max().item(), gain, rtol=1e-4, atol=0)
         assert not layer.bias.any()

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_baseline
 import sa2c_atari
+import sppo_atari
 import sppo_continuous
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +172,34 @@ def test_sa2c_logs_means_over_the_log_interval(runs, tmp_path):
         if tag.startswith(("losses/", "advantage/", "charts/learning_rate")):
             assert [step for step, _ in both.scalars[tag]] == [512]
             np.testing.assert_allclose(values(both, tag), values(each, tag).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+@pytest.mark.parametrize("script", [sppo_atari, sppo_continuous, sa2c_atari, ppo_baseline])
+def test_schedules_fall_linearly(script, anneal, tmp_path, monkeypatch):
+    """Of learning rate and clip range, to 1/4 in the last of four iterations; sa2c_atari.py has no clip range."""
+    seen = []
+
+    def spy(agent, optimizer, batch, clip_coef, args, *rest, update=script.update):
+        seen.append((optimizer.param_groups[0]["lr"], clip_coef))
+        return update(agent, optimizer, batch, clip_coef, args, *rest)
+
+    monkeypatch.setattr(script, "update", spy)
+    monkeypatch.setattr(script, "catch_signals", lambda: [])  # pytest's own stay
+    small = dict(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, total_timesteps=128, eval_episodes=1,
+                 checkpoint_interval=0, anneal_lr=anneal, anneal_clip=anneal, cuda=False, torch_threads=1)
+    args = script.Args(env_id="ALE/Breakout-v5" if "atari" in script.__name__ else "CartPole-v1")
+    for flag, value in small.items():
+        if hasattr(args, flag):
+            setattr(args, flag, value)
+    getattr(script, "fill_in", lambda args: None)(args)
+    script.main(args, tmp_path)
+
+    remaining = np.array([1, 3 / 4, 2 / 4, 1 / 4]) if anneal else np.ones(4)
+    rates, clips = zip(*seen)
+    np.testing.assert_allclose(rates, args.learning_rate * remaining)
+    if script is not sa2c_atari:
+        np.testing.assert_allclose(clips, args.clip_coef * remaining)
 
 
 def test_the_video_plays(runs):
