@@ -1053,7 +1053,7 @@ def main(args: Args, run: Path | None = None) -> None:
     num_iterations = args.total_timesteps // batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # without --bf16 float32 is float32, not NVIDIA's TF32
+    torch.backends.cudnn.allow_tf32 = False  # without --bf16 float32 is float32, not NVIDIA's TF32
     torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
     keep_freed_memory()
     torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
