@@ -43,7 +43,6 @@ from tqdm import tqdm
 TAGS = """losses/policy_loss losses/forward_loss losses/reverse_loss losses/value_loss losses/entropy losses/grad_norm
     losses/mean_weight advantage/sign_flips_normalization""".split()
 
-
 @dataclass
 class Args:
     """SA2C on Atari. Defaults are the settings of the paper's released code."""
@@ -79,7 +78,6 @@ class Args:
     bf16: bool = False  # compute convolutions and the hidden layer in bfloat16: faster where CPU or GPU has it
     torch_threads: int = 0  # CPU threads of torch; 0: one per core, at most 8
 
-
 def validate(args: Args) -> None:
     """Raises ValueError for what would quietly train something else; other mistakes fail by themselves and say why."""
     batch_size = args.num_envs * args.num_steps
@@ -91,7 +89,6 @@ def validate(args: Args) -> None:
         raise ValueError("--Z must be negative, --alpha and --beta must not")
     if not all(0 <= p <= 1 for p in (args.reward_noise, args.advantage_noise, args.repeat_action_probability)):
         raise ValueError("--reward-noise, --advantage-noise, --repeat-action-probability must be in [0, 1]")
-
 
 class Games:
     """Games side by side, in ale-py's vector environment with the usual preprocessing: 84×84 greyscale, 4 frames
@@ -131,17 +128,14 @@ class Games:
         self.must_fire = terminated & ~self.over & (self.fire is not None)
         return np.sign(reward), terminated, truncated, channels_last(info["final_obs"]) if truncated.any() else None
 
-
 def channels_last(obs: np.ndarray) -> np.ndarray:
     """(num_envs, 4, 84, 84) → (num_envs, 84, 84, 4), the order in which convolutions are fast."""
     return torch.from_numpy(obs).movedim(1, 3).contiguous().numpy()
-
 
 def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
-
 
 class AtariAgent(nn.Module):
     """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 84, 84, 4) uint8."""
@@ -180,13 +174,11 @@ class AtariAgent(nn.Module):
         action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # is a sample of π
         return action, np.take_along_axis(logprobs, action, 1), value
 
-
 def as_vector(network: nn.Module) -> nn.Parameter:
     """All parameters in one vector, of which they become parts: clipping and Adam are then a few calls in all."""
     vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
     nn.utils.vector_to_parameters(vector.data, network.parameters())
     return vector
-
 
 def symmetric_a2c_loss(logprob, advantage, alpha, beta, Z):
     """The symmetric A2C loss α · forward + β · reverse, and its two terms, each the mean over the batch.
@@ -199,7 +191,6 @@ def symmetric_a2c_loss(logprob, advantage, alpha, beta, Z):
     forward_loss = -(advantage * logprob).mean()
     reverse_loss = -(advantage * Z * (1 - logprob.exp())).mean()
     return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
-
 
 class RMSpropTF(torch.optim.Optimizer):
     """RMSprop as TensorFlow had it, which A2C's settings were tuned with: v ← ρv + (1 − ρ)g², p ← p − lr·g / √(v + ε).
@@ -218,7 +209,6 @@ class RMSpropTF(torch.optim.Optimizer):
                 v.mul_(group["decay"]).addcmul_(p.grad, p.grad, value=1 - group["decay"])
                 p.addcdiv_(p.grad, (v + group["eps"]).sqrt_(), value=-group["lr"])
 
-
 def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
@@ -230,22 +220,18 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
         advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
-
 def normalize(advantages: torch.Tensor) -> torch.Tensor:
     """Advantages (…, samples) with mean 0 and standard deviation 1 in each row."""
     return (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
-
 
 def flip_rewards(reward: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
     """Binary symmetric channel: each reward becomes 1 − reward with `probability`. On average (1 − 2p) · reward + p.
     Zeros become ones too, on every step; −1 becomes 2. That is the released code's formula."""
     return np.where(rng.random(reward.shape) < probability, 1 - reward, reward)
 
-
 def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
     """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
     return advantage * torch.from_numpy(np.where(rng.random(len(advantage)) < probability, -1, 1)).to(advantage)
-
 
 class Rollout:
     """The steps of one iteration; arrays of shape (num_steps, num_envs, …)."""
@@ -256,9 +242,8 @@ class Rollout:
         self.actions = np.zeros((*shape, action_dims), action_dtype)
         self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old
         self.values, self.rewards, self.bootstraps = np.zeros((3, *shape), np.float32)  # V(final obs) where truncated
-        self.dones, self.valid = np.zeros((2, *shape), bool)
+        self.dones, self.valid = np.zeros(shape, bool), np.ones(shape, bool)
         self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
-
 
 @torch.no_grad()
 def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, rng: np.random.Generator) -> None:
@@ -275,7 +260,6 @@ def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, rng: np.ran
         if games.over.any():
             rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
     rollout.next_value = agent.act(games.obs, rng)[2]
-
 
 def update(agent, optimizer, batch, samples, args: Args, rng: np.random.Generator) -> dict[str, float]:
     """A step on the loss of the `samples` of a batch (obs, actions, advantages, returns); what is logged, by tag."""
@@ -296,11 +280,9 @@ def update(agent, optimizer, batch, samples, args: Args, rng: np.random.Generato
     losses = (policy_loss, forward_loss, reverse_loss, value_loss, entropy, grad_norm)
     return dict(zip(TAGS, torch.stack((*losses, weight.mean(), flipped.float().mean())).tolist()))
 
-
 @torch.inference_mode()
 def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_steps: float = np.inf) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled. The seeds are the
-    same at every call, and nothing of training is touched. A signal in `stop` ends it."""
+    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds always."""
     rng, scores = np.random.default_rng([args.seed, 0, 4]), np.full(args.eval_episodes, np.nan)
     games = Games(args, rng.integers(2**31, size=args.eval_episodes))
     with imageio.get_writer(video, fps=15) if args.capture_video else contextlib.nullcontext() as writer:
@@ -311,10 +293,8 @@ def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_s
             scores = np.where(games.over & np.isnan(scores), games.score, scores)
     return scores
 
-
 class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
     """Makes a function ignore exceptions: output that cannot be written, be it `| head` or an ASCII γ, ends no run."""
-
 
 def save(path: Path, **state) -> None:
     """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
@@ -324,15 +304,11 @@ def save(path: Path, **state) -> None:
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
-
 def read_flags() -> tuple[Args, dict]:
-    """The flags and, if a run is resumed, its checkpoint, whose flags hold unless they are typed anew."""
+    """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
     args = tyro.cli(Args)
-    if args.resume is None:
-        return args, {}
-    saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True)  # cannot run code
-    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})), saved
-
+    saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True) if args.resume else {}
+    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})) if saved else args, saved
 
 def main(args: Args, saved: dict | None = None) -> None:
     saved, batch_size = saved or {}, args.num_envs * args.num_steps
@@ -355,8 +331,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run = Path(args.resume or f"runs/{name}")
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
@@ -367,10 +342,9 @@ def main(args: Args, saved: dict | None = None) -> None:
     stop, usual = [], {}  # the first signal lets the iteration end and saves, a second one acts as usual
     for number in [getattr(signal, name) for name in dir(signal) if name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]:
         with contextlib.suppress(ValueError):  # not in the main thread
-            handler = lambda number, _: (stop.append(number), signal.signal(number, usual[number]))  # noqa: E731
-            usual[number] = signal.signal(number, handler)
+            usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
     print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # what it needs is missed now, not after training
+    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # what it lacks shows now, not at the end
     progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
                     unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
 
@@ -400,8 +374,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
         advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (rewards, rollout.rewards))
         returns = advantages + rollout.values
-        # Steps at which FIRE was pressed are no samples: others, drawn at random, take their places.
-        samples = np.flatnonzero(valid)
+        samples = np.flatnonzero(valid)  # not the steps at which FIRE was pressed: others, at random, take their places
         samples = np.append(samples, fill_rng.choice(samples, batch_size - len(samples)))
         arrays = (rollout.obs, rollout.actions, advantages, returns)
         batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]
@@ -411,7 +384,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         stats["charts/SPS"] = batch_size / (time.time() - start_time)
         if not np.isfinite([*stats.values(), parameters.norm().item()]).all():
-            raise FloatingPointError(f"infinite or NaN in iteration {iteration + 1}, which was not saved: {stats}")
+            raise FloatingPointError(f"not finite: {step=}, {rollout.obs.mean()=}, {rollout.rewards.mean()=}, {stats}")
         recent_stats.append(stats)
         if (iteration + 1) % args.log_interval == 0 or iteration + 1 == num_iterations:
             for tag in stats:
@@ -427,7 +400,6 @@ def main(args: Args, saved: dict | None = None) -> None:
     if stop:
         print(f'stopped; to go on: python "{sys.argv[0]}" --resume "{run}"')
         sys.exit(128 + stop[0])
-
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):

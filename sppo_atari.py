@@ -12,7 +12,7 @@ algorithm but for rounding, the matched control. Each iteration of `main`
 
     plays num_envs games for num_steps steps                                       collect_games
     adds noise, if asked for, and computes advantages A by GAE, returns = A + V    flip_rewards, gae
-    in each epoch, for each minibatch, normalises A and steps down the loss        update, normalize
+    in each epoch, for each minibatch, normalises A and steps down the loss        update, normalize, gradient
 
 Left out: a clipped value loss, as in the released code; games in a checkpoint, since ale-py cannot save them.
 
@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 TAGS = """losses/policy_loss losses/forward_loss losses/reverse_loss losses/value_loss losses/entropy losses/grad_norm
     losses/old_approx_kl losses/approx_kl losses/clipfrac advantage/sign_flips_normalization""".split()
-
 
 @dataclass
 class Args:
@@ -81,9 +80,9 @@ class Args:
     capture_video: bool = False  # save a video of each evaluation's first game, as the agent sees it
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
+    compile: bool = False  # compile the loss and its gradient: faster on a GPU, after half a minute
     bf16: bool = False  # compute convolutions and the hidden layer in bfloat16: faster where CPU or GPU has it
     torch_threads: int = 0  # CPU threads of torch; 0: one per core, at most 8
-
 
 def validate(args: Args) -> None:
     """Raises ValueError for what would quietly train something else; other mistakes fail by themselves and say why."""
@@ -96,7 +95,6 @@ def validate(args: Args) -> None:
         raise ValueError("--Z must be negative, --alpha and --beta must not")
     if not all(0 <= p <= 1 for p in (args.reward_noise, args.advantage_noise, args.repeat_action_probability)):
         raise ValueError("--reward-noise, --advantage-noise, --repeat-action-probability must be in [0, 1]")
-
 
 class Games:
     """Games side by side, in ale-py's vector environment with the usual preprocessing: 84×84 greyscale, 4 frames
@@ -136,17 +134,14 @@ class Games:
         self.must_fire = terminated & ~self.over & (self.fire is not None)
         return np.sign(reward), terminated, truncated, channels_last(info["final_obs"]) if truncated.any() else None
 
-
 def channels_last(obs: np.ndarray) -> np.ndarray:
     """(num_envs, 4, 84, 84) → (num_envs, 84, 84, 4), the order in which convolutions are fast."""
     return torch.from_numpy(obs).movedim(1, 3).contiguous().numpy()
-
 
 def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
-
 
 class AtariAgent(nn.Module):
     """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 84, 84, 4) uint8."""
@@ -185,20 +180,15 @@ class AtariAgent(nn.Module):
         action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # is a sample of π
         return action, np.take_along_axis(logprobs, action, 1), value
 
-
 def as_vector(network: nn.Module) -> nn.Parameter:
     """All parameters in one vector, of which they become parts: clipping and Adam are then a few calls in all."""
     vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
     nn.utils.vector_to_parameters(vector.data, network.parameters())
     return vector
 
-
 def symmetric_ppo_loss(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, importance_weighted=True):
-    """The symmetric PPO loss α · forward + β · reverse, and its two terms, each the mean over the batch.
-
-        forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)
-        reverse = −m · A · Z · (1 − π) / π_old                   importance_weighted: the released code's form
-        reverse = −m · A · Z · (1/D) · Σ_d (1 − π_d)             otherwise: plain reverse cross-entropy
+    """The symmetric PPO loss α · forward + β · reverse, as above, and its two terms, each the mean over the batch. Not
+    `importance_weighted`: reverse = −m · A · Z · (1/D) · Σ_d (1 − π_d), plain reverse cross-entropy.
 
     `logprob`, `old_logprob`: (batch, D), log-probabilities of the action taken, a column per action dimension; r, π
     and π_old are joint, the product over dimensions. `advantage`: (batch,). Source: the paper's SPPO loss; the mask m
@@ -216,7 +206,6 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, alpha, beta, Z, clip_coe
     reverse_loss = -(mask * advantage * Z * reverse_weight).mean()
     return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
 
-
 def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
     """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
     `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
@@ -228,22 +217,18 @@ def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> 
         advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
-
 def normalize(advantages: torch.Tensor) -> torch.Tensor:
     """Advantages (…, samples) with mean 0 and standard deviation 1 in each row."""
     return (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
-
 
 def flip_rewards(reward: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
     """Binary symmetric channel: each reward becomes 1 − reward with `probability`. On average (1 − 2p) · reward + p.
     Zeros become ones too, on every step; −1 becomes 2. That is the released code's formula."""
     return np.where(rng.random(reward.shape) < probability, 1 - reward, reward)
 
-
 def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
     """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
     return advantage * torch.from_numpy(np.where(rng.random(len(advantage)) < probability, -1, 1)).to(advantage)
-
 
 class Rollout:
     """The steps of one iteration; arrays of shape (num_steps, num_envs, …)."""
@@ -254,9 +239,8 @@ class Rollout:
         self.actions = np.zeros((*shape, action_dims), action_dtype)
         self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old
         self.values, self.rewards, self.bootstraps = np.zeros((3, *shape), np.float32)  # V(final obs) where truncated
-        self.dones, self.valid = np.zeros((2, *shape), bool)
+        self.dones, self.valid = np.zeros(shape, bool), np.ones(shape, bool)
         self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
-
 
 @torch.no_grad()
 def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, rng: np.random.Generator) -> None:
@@ -274,37 +258,40 @@ def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, rng: np.ran
             rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
     rollout.next_value = agent.act(games.obs, rng)[2]
 
+def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, args: Args):
+    """Gradient of the loss of a minibatch, clipped, in one vector; the losses that are logged; log π (batch, D)."""
+    logprob, entropy, value = agent(obs, action)
+    weighting = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
+    policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, old_logprob, advantage, *weighting)
+    value_loss, entropy = nn.functional.mse_loss(value, returns), entropy.mean()
+    loss = policy_loss + args.vf_coef * value_loss
+    loss = loss - args.ent_coef * entropy if args.ent_coef else loss  # without it there is no gradient to compute
+    grad = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
+    losses = torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy, norm := grad.norm())).detach()
+    return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
 
-def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng: np.random.Generator) -> dict[str, float]:
-    """Steps on the loss of the `samples` of a batch (obs, actions, log π_old, advantages, returns); means by tag."""
-    (parameters,), history = optimizer.param_groups[0]["params"], []
+def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradient=gradient) -> dict[str, float]:
+    """Steps on the loss of the `samples` of a batch (obs, actions, log π_old, advantages, returns). Means by tag."""
+    (parameters,), losses, means = optimizer.param_groups[0]["params"], [], []
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(samples)).to(parameters.device)
         obs, actions, old_logprobs, advantages, returns = (x.index_select(0, b_inds) for x in batch)
-        epoch = (obs, actions, old_logprobs, flip_signs(advantages, args.advantage_noise, rng), returns)
-        for obs, action, old_logprob, advantage, returns in zip(*(x.chunk(args.num_minibatches) for x in epoch)):
-            logprob, entropy, value = agent(obs, action)
-            normalized = normalize(advantage) if args.norm_adv else advantage
-            weighting = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
-            policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, old_logprob, normalized, *weighting)
-            value_loss, entropy = nn.functional.mse_loss(value, returns), entropy.mean()
-            loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-            grads = torch.autograd.grad(loss, list(agent.parameters()))
-            parameters.grad = torch.cat([grad.flatten() for grad in grads])
-            grad_norm = nn.utils.clip_grad_norm_([parameters], args.max_grad_norm)
+        advantages = flip_signs(advantages, args.advantage_noise, rng).view(args.num_minibatches, -1)
+        normalized, new_logprobs = normalize(advantages) if args.norm_adv else advantages, []
+        epoch = (obs, actions, old_logprobs, normalized.flatten(), returns)
+        for minibatch in zip(*(x.chunk(args.num_minibatches) for x in epoch)):
+            parameters.grad, logged, logprob = gradient(agent, *minibatch, clip_coef, args)
             optimizer.step()
-            logratio = (logprob.detach() - old_logprob).sum(1)
-            clipped, flipped = (logratio.exp() - 1).abs() > clip_coef, normalized.sign() != advantage.sign()
-            means = (x.float().mean() for x in (-logratio, logratio.exp() - 1 - logratio, clipped, flipped))
-            losses = (policy_loss, forward_loss, reverse_loss, value_loss, entropy, grad_norm)
-            history.append(torch.stack((*losses, *means)).detach())  # .item() would wait for the GPU
-    return dict(zip(TAGS, torch.stack(history).mean(0).tolist()))
-
+            losses.append(logged)
+            new_logprobs.append(logprob)
+        ratio = (logratio := (torch.cat(new_logprobs) - old_logprobs).sum(1)).exp()
+        clipped, flipped = (ratio - 1).abs() > clip_coef, normalized.sign() != advantages.sign()
+        means.append(torch.stack([x.float().mean() for x in (-logratio, ratio - 1 - logratio, clipped, flipped)]))
+    return dict(zip(TAGS, torch.cat((torch.stack(losses).mean(0), torch.stack(means).mean(0))).tolist()))
 
 @torch.inference_mode()
 def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_steps: float = np.inf) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games, each in an environment of its own, actions sampled. The seeds are the
-    same at every call, and nothing of training is touched. A signal in `stop` ends it."""
+    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds always."""
     rng, scores = np.random.default_rng([args.seed, 0, 4]), np.full(args.eval_episodes, np.nan)
     games = Games(args, rng.integers(2**31, size=args.eval_episodes))
     with imageio.get_writer(video, fps=15) if args.capture_video else contextlib.nullcontext() as writer:
@@ -315,10 +302,8 @@ def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_s
             scores = np.where(games.over & np.isnan(scores), games.score, scores)
     return scores
 
-
 class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
     """Makes a function ignore exceptions: output that cannot be written, be it `| head` or an ASCII γ, ends no run."""
-
 
 def save(path: Path, **state) -> None:
     """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
@@ -328,15 +313,11 @@ def save(path: Path, **state) -> None:
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
-
 def read_flags() -> tuple[Args, dict]:
-    """The flags and, if a run is resumed, its checkpoint, whose flags hold unless they are typed anew."""
+    """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
     args = tyro.cli(Args)
-    if args.resume is None:
-        return args, {}
-    saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True)  # cannot run code
-    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})), saved
-
+    saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True) if args.resume else {}
+    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})) if saved else args, saved
 
 def main(args: Args, saved: dict | None = None) -> None:
     saved, batch_size = saved or {}, args.num_envs * args.num_steps
@@ -345,6 +326,8 @@ def main(args: Args, saved: dict | None = None) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # float32 is float32
     torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
     torch.manual_seed(args.seed)
+    torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
+    step_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX, and M_TRIM_THRESHOLD below: freed memory is kept, since getting
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # it anew was a quarter of an update
@@ -359,8 +342,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run = Path(args.resume or f"runs/{name}")
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
@@ -370,10 +352,9 @@ def main(args: Args, saved: dict | None = None) -> None:
     stop, usual = [], {}  # the first signal lets the iteration end and saves, a second one acts as usual
     for number in [getattr(signal, name) for name in dir(signal) if name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]:
         with contextlib.suppress(ValueError):  # not in the main thread
-            handler = lambda number, _: (stop.append(number), signal.signal(number, usual[number]))  # noqa: E731
-            usual[number] = signal.signal(number, handler)
+            usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
     print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # what it needs is missed now, not after training
+    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # what it lacks shows now, not at the end
     progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
                     unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
 
@@ -395,7 +376,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
         start_time, remaining = time.time(), 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # converts weights once, not every step
             collect_games(envs, agent, rollout, act_rng)
@@ -404,12 +385,11 @@ def main(args: Args, saved: dict | None = None) -> None:
         context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
         advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (rewards, rollout.rewards))
         returns = advantages + rollout.values
-        # Steps at which FIRE was pressed are no samples: others, drawn at random, take their places.
-        samples = np.flatnonzero(valid)
+        samples = np.flatnonzero(valid)  # not the steps at which FIRE was pressed: others, at random, take their places
         samples = np.append(samples, minibatch_rng.choice(samples, batch_size - len(samples)))
         arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, returns)
         batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]
-        stats = update(agent, optimizer, batch, samples, clip_coef, args, minibatch_rng)
+        stats = update(agent, optimizer, batch, samples, clip_coef, args, minibatch_rng, step_gradient)
         share = 1 if args.importance_weighted_reverse else np.exp(rollout.logprobs[valid]).mean()
         stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # on PPO's policy gradient
         stats["losses/explained_variance"] = 1 - advantages[valid].var() / (returns[valid].var() + 1e-8)
@@ -417,7 +397,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         stats["charts/SPS"] = batch_size / (time.time() - start_time)
         if not np.isfinite([*stats.values(), parameters.norm().item()]).all():
-            raise FloatingPointError(f"infinite or NaN in iteration {iteration + 1}, which was not saved: {stats}")
+            raise FloatingPointError(f"not finite: {step=}, {rollout.obs.mean()=}, {rollout.rewards.mean()=}, {stats}")
         for tag, value in stats.items():
             writer.add_scalar(tag, value, step + batch_size)
         for t, episodic_return, length in rollout.finished:
@@ -430,7 +410,6 @@ def main(args: Args, saved: dict | None = None) -> None:
     if stop:
         print(f'stopped; to go on: python "{sys.argv[0]}" --resume "{run}"')
         sys.exit(128 + stop[0])
-
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
