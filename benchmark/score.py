@@ -22,8 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "scores.csv"
 CURVES = ROOT / "benchmark" / "results" / "curves.csv"
-FIELDS = ["command", "steps", "episodes", "mean", "std", "seconds"]
-FINAL = re.compile(r"final score at (\d+) steps: (-?[\d.]+) ± ([\d.]+) \((\d+) ")
+FIELDS = ["command", "steps", "episodes", "mean", "std", "seconds", "commit"]
+FINAL = re.compile(r"score at (\d+) steps: (-?[\d.]+) ± ([\d.]+) \((\d+) ")
 
 
 def append(path: Path, fields: list[str], rows: list[list]) -> None:
@@ -50,15 +50,16 @@ def main() -> None:
     command = " ".join([script, *flags])
     if RESULTS.exists() and any(row["command"] == command for row in csv.DictReader(RESULTS.open())):
         return print("already there:", command)
-    start = time.time()
+    start, git = time.time(), ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", "*.py"]
+    commit = subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:  # the run's own files are not needed
         done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(done.returncode)
-        steps, mean, std, episodes = FINAL.search(done.stdout).groups()
+        steps, mean, std, episodes = FINAL.findall(done.stdout)[-1]
         points = curve(folder, int(steps))
     append(CURVES, ["command", "step", "mean_return"], [[command, *point] for point in points])
-    append(RESULTS, FIELDS, [[command, steps, episodes, mean, std, round(time.time() - start)]])
+    append(RESULTS, FIELDS, [[command, steps, episodes, mean, std, round(time.time() - start), commit]])
     print(command, mean, std)
 
 
