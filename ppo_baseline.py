@@ -2,8 +2,7 @@
 
 With r = π / π_old for the action taken and A the advantage:
 
-    forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)
-    loss = pg_coef · forward − ent_coef · entropy + vf_coef · value loss
+    loss = −pg_coef · min(r·A, clip(r, 1−ε, 1+ε)·A) − ent_coef · entropy + vf_coef · value loss
 
 On Atari, and elsewhere with `--policy discretized`, it is `sppo_atari.py` and `sppo_continuous.py` with α = pg_coef and
 β = 0, bit for bit: `--pg-coef` α + β|Z| makes the matched control of SPPO. Each iteration of `main`
@@ -46,7 +45,6 @@ TAGS = """losses/policy_loss losses/forward_loss losses/value_loss losses/entrop
 @dataclass
 class Args:
     """PPO for Atari and continuous control; defaults are those of the kind of --env-id."""
-
     env_id: str = "Hopper-v5"  # an Atari game, or an environment with `Discrete` or bounded `Box` actions
     policy: Literal["gaussian", "discretized"] = "gaussian"  # for `Box` actions; `Discrete` ones are as they are
     num_bins: int = 11  # values per dimension of the discretized policy, evenly spaced, ends included
@@ -145,6 +143,7 @@ def channels_last(obs: np.ndarray) -> np.ndarray:
 def make_env(args: Args, **options) -> gym.Env:
     """The environment; observations that are no vector become one."""
     env = gym.make(args.env_id, **options)
+    env.action_space.seed(args.seed)
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 class RunningMeanStd:
@@ -283,9 +282,8 @@ class BinnedAgent(nn.Module):
         return logprob, -(logprobs.exp() * logprobs).sum((0, 2)), self.value(obs)
 
 class GaussianAgent(nn.Module):
-    """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is D independent Gaussians of
-    a learned standard deviation, clipped to the box; if that is not centred at 0, −1 stands for its lower end, 1 for
-    its upper one."""
+    """Policy and value, separate networks. Observations: (batch, obs_dim). D independent Gaussians of learned standard
+    deviations, clipped to the box; if that is not centred at 0, −1 stands for its lower end and 1 for its upper."""
 
     def __init__(self, obs_dim: int, space: gym.spaces.Box):
         super().__init__()
@@ -404,8 +402,7 @@ def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, arg
     forward_loss = ppo_loss(logprob, old_logprob, advantage, clip_coef)
     policy_loss = args.pg_coef * forward_loss
     value_loss, entropy = nn.functional.mse_loss(value, returns), entropy.mean()
-    loss = policy_loss + args.vf_coef * value_loss
-    loss = loss - args.ent_coef * entropy if args.ent_coef else loss  # without it there is no gradient to compute
+    loss = policy_loss - (args.ent_coef * entropy if args.ent_coef else 0) + args.vf_coef * value_loss
     grad = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
     losses = torch.stack((policy_loss, forward_loss, value_loss, entropy, norm := grad.norm())).detach()
     return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
@@ -465,11 +462,14 @@ class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
 
 def save(path: Path, **state) -> None:
     """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        with open(temporary := path.with_suffix(".tmp"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def read_flags() -> tuple[Args, dict]:
     """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
@@ -511,7 +511,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     optimizer = torch.optim.Adam([parameters := as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     agent.load_state_dict(saved.get("agent", agent.state_dict()))
     optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
@@ -543,7 +543,6 @@ def main(args: Args, saved: dict | None = None) -> None:
                 tqdm.write(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)")
         if last or saving and stop:
             break
-
         start_time, remaining = time.time(), 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
@@ -584,6 +583,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace", line_buffering=True)
         stream.write, stream.flush = (Forgiving(OSError, ValueError)(f) for f in (stream.write, stream.flush))
     try:
         args, saved = read_flags()

@@ -298,11 +298,14 @@ class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
 
 def save(path: Path, **state) -> None:
     """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        with open(temporary := path.with_suffix(".tmp"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def read_flags() -> tuple[Args, dict]:
     """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
@@ -326,11 +329,10 @@ def main(args: Args, saved: dict | None = None) -> None:
     envs = Games(args, np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs))
     agent = AtariAgent(envs.num_actions, args.bf16).to(device)
     optimizer = RMSpropTF([parameters := as_vector(agent)], lr=args.learning_rate)
-    rollout = Rollout(args.num_steps, envs.obs, action_dims=1)
-    if saved:
-        agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    rollout, recent_stats = Rollout(args.num_steps, envs.obs, action_dims=1), []
+    agent.load_state_dict(saved.get("agent", agent.state_dict()))
+    optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
@@ -338,7 +340,6 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    recent_stats = []
     stop, usual = [], {}  # the first signal lets the iteration end and saves, a second one acts as usual
     for number in [getattr(signal, name) for name in dir(signal) if name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]:
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -403,6 +404,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace", line_buffering=True)
         stream.write, stream.flush = (Forgiving(OSError, ValueError)(f) for f in (stream.write, stream.flush))
     try:
         args, saved = read_flags()

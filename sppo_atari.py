@@ -264,8 +264,7 @@ def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, arg
     weighting = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
     policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, old_logprob, advantage, *weighting)
     value_loss, entropy = nn.functional.mse_loss(value, returns), entropy.mean()
-    loss = policy_loss + args.vf_coef * value_loss
-    loss = loss - args.ent_coef * entropy if args.ent_coef else loss  # without it there is no gradient to compute
+    loss = policy_loss - (args.ent_coef * entropy if args.ent_coef else 0) + args.vf_coef * value_loss
     grad = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
     losses = torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy, norm := grad.norm())).detach()
     return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
@@ -307,11 +306,14 @@ class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
 
 def save(path: Path, **state) -> None:
     """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        with open(temporary := path.with_suffix(".tmp"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def read_flags() -> tuple[Args, dict]:
     """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
@@ -338,10 +340,9 @@ def main(args: Args, saved: dict | None = None) -> None:
     agent = AtariAgent(envs.num_actions, args.bf16).to(device)
     optimizer = torch.optim.Adam([parameters := as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, envs.obs, action_dims=1)
-    if saved:
-        agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    agent.load_state_dict(saved.get("agent", agent.state_dict()))
+    optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
@@ -413,6 +414,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace", line_buffering=True)
         stream.write, stream.flush = (Forgiving(OSError, ValueError)(f) for f in (stream.write, stream.flush))
     try:
         args, saved = read_flags()

@@ -97,6 +97,7 @@ def validate(args: Args) -> None:
 def make_env(args: Args, **options) -> gym.Env:
     """The environment; observations that are no vector become one."""
     env = gym.make(args.env_id, **options)
+    env.action_space.seed(args.seed)
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 class RunningMeanStd:
@@ -283,8 +284,7 @@ def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, arg
     weighting = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
     policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, old_logprob, advantage, *weighting)
     value_loss, entropy = nn.functional.mse_loss(value, returns), entropy.mean()
-    loss = policy_loss + args.vf_coef * value_loss
-    loss = loss - args.ent_coef * entropy if args.ent_coef else loss  # without it there is no gradient to compute
+    loss = policy_loss - (args.ent_coef * entropy if args.ent_coef else 0) + args.vf_coef * value_loss
     grad = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
     losses = torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy, norm := grad.norm())).detach()
     return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
@@ -331,11 +331,14 @@ class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
 
 def save(path: Path, **state) -> None:
     """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        with open(temporary := path.with_suffix(".tmp"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def read_flags() -> tuple[Args, dict]:
     """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
@@ -358,10 +361,9 @@ def main(args: Args, saved: dict | None = None) -> None:
     agent = BinnedAgent(envs.obs.shape[1], envs.envs[0].action_space, args.num_bins).to(device)
     optimizer = torch.optim.Adam([parameters := as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, envs.obs, action_dims=len(agent.actions))
-    if saved:
-        agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    agent.load_state_dict(saved.get("agent", agent.state_dict()))
+    optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
@@ -377,7 +379,6 @@ def main(args: Args, saved: dict | None = None) -> None:
     evaluate_episodes(agent, envs, args, stop, run / "0.mp4", max_steps=1)  # what it lacks shows now, not at the end
     progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
                     unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
-
     for iteration in progress:
         step, last = iteration * batch_size, iteration == num_iterations
         evaluation_due = last or 0 < args.eval_interval <= step and step % args.eval_interval < batch_size
@@ -432,6 +433,7 @@ def main(args: Args, saved: dict | None = None) -> None:
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace", line_buffering=True)
         stream.write, stream.flush = (Forgiving(OSError, ValueError)(f) for f in (stream.write, stream.flush))
     try:
         args, saved = read_flags()
