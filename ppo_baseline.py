@@ -66,13 +66,13 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient
     reward_noise: float = 0.0  # Atari: probability that the learner sees 1 − reward; else std of noise on the reward
-    survival_bonus: float = 0.0  # added to every reward that the learner sees: what flips of this probability pay
+    survival_bonus: float = 0.0  # added to every reward the learner sees; p: what --reward-noise p pays on average
     advantage_noise: float = 0.0  # probability that a sample's advantage changes sign, redrawn in every epoch
     repeat_action_probability: float = 0.0  # Atari's sticky actions: probability that a game repeats the last action
     eval_interval: int = 0  # steps between evaluations; 0: only after the last update (the final score)
     eval_episodes: int = 10  # full games, actions sampled; else episodes, most probable actions, at most 100,000 steps
     checkpoint_interval: int = 100_000  # steps between checkpoints; others: at evaluations, the end, after a signal
-    resume: str | None = None  # continue the run in this folder, `runs/<run>`, with its flags; what is typed wins
+    resume: str | None = None  # continue the run in this folder with its flags and what is typed; new episodes begin
     capture_video: bool = False  # save a video of each evaluation's first episode
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
@@ -101,7 +101,7 @@ def validate(args: Args) -> None:
 class Games:
     """Games side by side, in ale-py's vector environment with the usual preprocessing: 84×84 greyscale, 4 frames
     stacked, actions held for 4 frames, FIRE and 0 to 29 no-ops at reset. After a lost life FIRE is pressed for a step,
-    where the game has it: none stands waiting. `obs` (num_envs, 84, 84, 4) uint8 is what to act on next. Of the last
+    where the game has it: some wait for it. `obs` (num_envs, 84, 84, 4) uint8 is what to act on next. Of the last
     step, with an entry per game: `score` and `length` (in steps) of the game so far, or of the whole game where it is
     `over`; `valid`, False where FIRE was pressed for the learner: no sample."""
 
@@ -192,7 +192,7 @@ class Environments:
             self.return_stats.update(self.discounted_return[i])
             reward[i] = max(min(raw_reward / self.return_stats.std, 10), -10)  # in this order a NaN stays one
             if terminated[i] or truncated[i]:
-                final_obs[i] = self.normalize(obs)  # a value to bootstrap from, not an observation of the policy
+                final_obs[i] = self.normalize(obs)  # only valued, not acted on: no statistics of it
                 obs, _ = env.reset()
             self.obs[i] = self.normalize(obs, learn=True)
         self.length += 1
@@ -224,7 +224,7 @@ class AtariAgent(nn.Module):
         conv, device, dtype = self.features[0], obs.device.type, self.value.weight.dtype
         pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # there are more pixels
+            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # fewer than pixels
             features = self.features[1:](hidden).to(dtype)
         with torch.autocast(device, enabled=False):
             return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
@@ -238,7 +238,7 @@ class AtariAgent(nn.Module):
         """Sampled actions (num_envs, 1), their log-probabilities (num_envs, 1), values (num_envs,)."""
         tensor = torch.from_numpy(obs).to(self.value.weight.device)
         logprobs, value = (x.numpy(force=True) for x in self.logprobs_and_value(tensor))
-        action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # is a sample of π
+        action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # Gumbel-max: a sample of π
         return action, np.take_along_axis(logprobs, action, 1), value
 
 def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
@@ -309,7 +309,7 @@ class GaussianAgent(nn.Module):
         return normal.log_prob(action), normal.entropy().sum(1), self.value(obs)
 
 def as_vector(network: nn.Module) -> nn.Parameter:
-    """All parameters in one vector, of which they become parts: clipping and Adam are then a few calls in all."""
+    """All parameters in one vector, of which they become views: clipping and a step are then a few calls in all."""
     vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
     nn.utils.vector_to_parameters(vector.data, network.parameters())
     return vector
@@ -355,7 +355,7 @@ class Rollout:
         shape = (num_steps, len(obs))
         self.obs = np.zeros((num_steps, *obs.shape), obs.dtype)
         self.actions = np.zeros((*shape, action_dims), action_dtype)
-        self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old
+        self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old, for PPO's ratio
         self.values, self.rewards, self.bootstraps = np.zeros((3, *shape), np.float32)  # V(final obs) where truncated
         self.dones, self.valid = np.zeros(shape, bool), np.ones(shape, bool)
         self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
@@ -408,7 +408,7 @@ def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, arg
     return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
 
 def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradient=gradient) -> dict[str, float]:
-    """Steps on the loss of the `samples` of a batch (obs, actions, log π_old, advantages, returns). Means by tag."""
+    """Steps on the loss of the rows `samples` of a batch: obs, actions, log π_old, advantages, returns; means."""
     (parameters,), losses, means = optimizer.param_groups[0]["params"], [], []
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(samples)).to(parameters.device)
@@ -428,7 +428,7 @@ def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradien
 
 @torch.inference_mode()
 def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_steps: float = np.inf) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds always."""
+    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds each time."""
     rng, scores = np.random.default_rng([args.seed, 0, 4]), np.full(args.eval_episodes, np.nan)
     games = Games(args, rng.integers(2**31, size=args.eval_episodes))
     with imageio.get_writer(video, fps=15) if args.capture_video else contextlib.nullcontext() as writer:
@@ -441,7 +441,7 @@ def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_s
 
 @torch.inference_mode()
 def evaluate_episodes(agent, envs, args: Args, stop: list, video: Path, max_steps: float = 100_000) -> np.ndarray:
-    """Raw returns (eval_episodes,), most probable actions, the frozen statistics of `envs`, same seeds always."""
+    """Raw returns (eval_episodes,), most probable actions, the frozen statistics of `envs`, same seeds every time."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
     with imageio.get_writer(video, fps=30) if args.capture_video else contextlib.nullcontext() as writer:
@@ -519,12 +519,12 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    stop, usual = [], {}  # the first signal lets the iteration end and saves, a second one acts as usual
-    for number in [getattr(signal, name) for name in dir(signal) if name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]:
+    stop, usual = [], {}  # the first signal ends the iteration and saves, a second acts as usual; 1: ignored (nohup)
+    for number in [s for s in signal.Signals if s.name[3:] in "INT TERM HUP USR1".split() and signal.getsignal(s) != 1]:
         with contextlib.suppress(ValueError):  # not in the main thread
             usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
     print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate(*evaluated, args, stop, run / "0.mp4", max_steps=1)  # what it lacks shows now, not at the end
+    evaluate(*evaluated, args, stop, run / "0.mp4", max_steps=1)  # a trial: what it lacks shows now
     progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
                     unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
     for iteration in progress:
@@ -538,7 +538,7 @@ def main(args: Args, saved: dict | None = None) -> None:
                                                           for stats in getattr(envs, "stats", ())])  # fmt: skip
         if evaluation_due and not stop:
             scores = evaluate(*evaluated, args, stop, run / f"{step}.mp4")
-            if not stop:  # logged a step later: a resumed run, which repeats it, drops this one
+            if not stop:  # logged at step + 1: a resumed run evaluates again and drops this
                 writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
                 tqdm.write(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)")
         if last or saving and stop:
@@ -547,16 +547,16 @@ def main(args: Args, saved: dict | None = None) -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
-        random.seed(f"{args.seed} {iteration}")
+        random.seed(f"{args.seed} {iteration}")  # for environments that draw from global generators
         np.random.seed([args.seed, iteration])
-        with torch.autocast(device.type, torch.bfloat16, enabled=getattr(agent, "bf16", False)):  # weights only once
+        with torch.autocast(device.type, torch.bfloat16, enabled=getattr(agent, "bf16", False)):  # casts weights once
             collect(envs, agent, rollout, act_rng)
         rewards = noise(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
         bootstraps, valid = args.gamma * rollout.bootstraps, rollout.valid
         context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
         advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (rewards, rollout.rewards))
         returns = advantages + rollout.values
-        samples = np.flatnonzero(valid)  # not the steps at which FIRE was pressed: others, at random, take their places
+        samples = np.flatnonzero(valid)  # FIRE rows are left out; others, drawn at random, take their places
         samples = np.append(samples, minibatch_rng.choice(samples, batch_size - len(samples)))
         arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, returns)
         batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]

@@ -7,7 +7,8 @@ With π the probability of the action taken and A the advantage:
     loss = α · forward + β · reverse − ent_coef · entropy + vf_coef · value loss
 
 With α = 1, β = 0 this is A2C. The policy gradient is A2C's with every advantage multiplied by α + β|Z|π: confident
-actions count more. α = w̄, β = 0 is its control, A2C with the mean weight w̄, which is logged. Each iteration of `main`
+actions count more. Its control is A2C with that
+weight's mean alone: `--alpha` w̄ `--beta 0`, w̄ the mean of `losses/mean_weight`. Each iteration of `main`
 
     plays num_envs games for num_steps steps                                               collect_games
     adds noise, if asked for, and computes advantages A by GAE (λ = 1), returns = A + V    flip_rewards, gae
@@ -47,7 +48,7 @@ TAGS = """losses/policy_loss losses/forward_loss losses/reverse_loss losses/valu
 class Args:
     """SA2C on Atari. Defaults are the settings of the paper's released code."""
 
-    env_id: str = "ALE/Breakout-v5"  # the game; `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4` mean the same
+    env_id: str = "ALE/Breakout-v5"  # the game; of the id only that counts: frame skip, stickiness are set here
     seed: int = 1  # seed of the run: weights, games, actions, noise
     total_timesteps: int = 5_000_000  # environment steps, each of 4 frames; the last incomplete batch is left out
     num_envs: int = 16  # games played side by side
@@ -64,14 +65,14 @@ class Args:
     beta: float = 1.0  # β, weight of the reverse term; the released code's example for one game, not tuned
     Z: float = -1.0  # Z < 0, the stand-in for log 0; only β·Z matters
     reward_noise: float = 0.0  # probability that the learner sees 1 − reward; reported scores stay clean
-    survival_bonus: float = 0.0  # added to every reward that the learner sees: what flips of this probability pay
+    survival_bonus: float = 0.0  # added to every reward the learner sees; p: what --reward-noise p pays on average
     advantage_noise: float = 0.0  # probability that a sample's advantage changes sign
     repeat_action_probability: float = 0.0  # sticky actions: probability that a game repeats the last action
     log_interval: int = 25  # iterations between two points of the losses in TensorBoard, each the mean over them
     eval_interval: int = 0  # steps between evaluations; 0: only after the last update (the final score)
     eval_episodes: int = 10  # full games in an evaluation, actions sampled
     checkpoint_interval: int = 100_000  # steps between checkpoints; others: at evaluations, the end, after a signal
-    resume: str | None = None  # continue the run in this folder, `runs/<run>`, with its flags; what is typed wins
+    resume: str | None = None  # continue the run in this folder with its flags and what is typed; new episodes begin
     capture_video: bool = False  # save a video of each evaluation's first game, as the agent sees it
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
@@ -83,8 +84,8 @@ def validate(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     if "game" not in gym.spec(args.env_id).kwargs:
         raise ValueError(f"--env-id {args.env_id} is not an Atari game")
-    if not 2 <= batch_size <= args.total_timesteps:
-        raise ValueError(f"a batch of {batch_size} steps must have at least 2 and fit --total-timesteps")
+    if args.num_steps < 2 or batch_size > args.total_timesteps:
+        raise ValueError(f"--num-steps must be at least 2, and a batch of {batch_size} steps fit --total-timesteps")
     if not args.Z < 0 <= min(args.alpha, args.beta):
         raise ValueError("--Z must be negative, --alpha and --beta must not")
     if not all(0 <= p <= 1 for p in (args.reward_noise, args.advantage_noise, args.repeat_action_probability)):
@@ -93,7 +94,7 @@ def validate(args: Args) -> None:
 class Games:
     """Games side by side, in ale-py's vector environment with the usual preprocessing: 84×84 greyscale, 4 frames
     stacked, actions held for 4 frames, FIRE and 0 to 29 no-ops at reset. After a lost life FIRE is pressed for a step,
-    where the game has it: none stands waiting. `obs` (num_envs, 84, 84, 4) uint8 is what to act on next. Of the last
+    where the game has it: some wait for it. `obs` (num_envs, 84, 84, 4) uint8 is what to act on next. Of the last
     step, with an entry per game: `score` and `length` (in steps) of the game so far, or of the whole game where it is
     `over`; `valid`, False where FIRE was pressed for the learner: no sample."""
 
@@ -157,7 +158,7 @@ class AtariAgent(nn.Module):
         conv, device, dtype = self.features[0], obs.device.type, self.value.weight.dtype
         pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # there are more pixels
+            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # fewer than pixels
             features = self.features[1:](hidden).to(dtype)
         with torch.autocast(device, enabled=False):
             return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
@@ -171,11 +172,11 @@ class AtariAgent(nn.Module):
         """Sampled actions (num_envs, 1), their log-probabilities (num_envs, 1), values (num_envs,)."""
         tensor = torch.from_numpy(obs).to(self.value.weight.device)
         logprobs, value = (x.numpy(force=True) for x in self.logprobs_and_value(tensor))
-        action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # is a sample of π
+        action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # Gumbel-max: a sample of π
         return action, np.take_along_axis(logprobs, action, 1), value
 
 def as_vector(network: nn.Module) -> nn.Parameter:
-    """All parameters in one vector, of which they become parts: clipping and Adam are then a few calls in all."""
+    """All parameters in one vector, of which they become views: clipping and a step are then a few calls in all."""
     vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
     nn.utils.vector_to_parameters(vector.data, network.parameters())
     return vector
@@ -240,7 +241,7 @@ class Rollout:
         shape = (num_steps, len(obs))
         self.obs = np.zeros((num_steps, *obs.shape), obs.dtype)
         self.actions = np.zeros((*shape, action_dims), action_dtype)
-        self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old
+        self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old, for PPO's ratio
         self.values, self.rewards, self.bootstraps = np.zeros((3, *shape), np.float32)  # V(final obs) where truncated
         self.dones, self.valid = np.zeros(shape, bool), np.ones(shape, bool)
         self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
@@ -262,7 +263,7 @@ def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, rng: np.ran
     rollout.next_value = agent.act(games.obs, rng)[2]
 
 def update(agent, optimizer, batch, samples, args: Args, rng: np.random.Generator) -> dict[str, float]:
-    """A step on the loss of the `samples` of a batch (obs, actions, advantages, returns); what is logged, by tag."""
+    """A step on the loss of the rows `samples` of a batch: obs, actions, advantages, returns. What is logged."""
     (parameters,) = optimizer.param_groups[0]["params"]
     b_inds = torch.from_numpy(samples).to(parameters.device)
     obs, action, advantage, returns = (x.index_select(0, b_inds) for x in batch)
@@ -282,7 +283,7 @@ def update(agent, optimizer, batch, samples, args: Args, rng: np.random.Generato
 
 @torch.inference_mode()
 def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_steps: float = np.inf) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds always."""
+    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds each time."""
     rng, scores = np.random.default_rng([args.seed, 0, 4]), np.full(args.eval_episodes, np.nan)
     games = Games(args, rng.integers(2**31, size=args.eval_episodes))
     with imageio.get_writer(video, fps=15) if args.capture_video else contextlib.nullcontext() as writer:
@@ -325,7 +326,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # it anew was a quarter of an update
         with contextlib.suppress(OSError):  # a thread that wakes waits for a core instead of taking another's
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    # Random streams follow from seed, iteration and a number: a resumed run draws what the uninterrupted one would.
+    # Random streams follow from seed, iteration and a number: a resumed run draws the same, but begins new episodes.
     envs = Games(args, np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs))
     agent = AtariAgent(envs.num_actions, args.bf16).to(device)
     optimizer = RMSpropTF([parameters := as_vector(agent)], lr=args.learning_rate)
@@ -340,12 +341,12 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    stop, usual = [], {}  # the first signal lets the iteration end and saves, a second one acts as usual
-    for number in [getattr(signal, name) for name in dir(signal) if name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]:
+    stop, usual = [], {}  # the first signal ends the iteration and saves, a second acts as usual; 1: ignored (nohup)
+    for number in [s for s in signal.Signals if s.name[3:] in "INT TERM HUP USR1".split() and signal.getsignal(s) != 1]:
         with contextlib.suppress(ValueError):  # not in the main thread
             usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
     print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # what it lacks shows now, not at the end
+    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # a trial: what it lacks shows now
     progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
                     unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
 
@@ -359,7 +360,7 @@ def main(args: Args, saved: dict | None = None) -> None:
                  optimizer=optimizer.state_dict())  # fmt: skip
         if evaluation_due and not stop:
             scores = evaluate_games(agent, args, stop, run / f"{step}.mp4")
-            if not stop:  # logged a step later: a resumed run, which repeats it, drops this one
+            if not stop:  # logged at step + 1: a resumed run evaluates again and drops this
                 writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
                 tqdm.write(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)")
         if last or saving and stop:
@@ -368,14 +369,14 @@ def main(args: Args, saved: dict | None = None) -> None:
         start_time, remaining = time.time(), 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         act_rng, fill_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # converts weights once, not every step
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # casts weights once, not every step
             collect_games(envs, agent, rollout, act_rng)
         rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
         bootstraps, valid = args.gamma * rollout.bootstraps, rollout.valid
         context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
         advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (rewards, rollout.rewards))
         returns = advantages + rollout.values
-        samples = np.flatnonzero(valid)  # not the steps at which FIRE was pressed: others, at random, take their places
+        samples = np.flatnonzero(valid)  # FIRE rows are left out; others, drawn at random, take their places
         samples = np.append(samples, fill_rng.choice(samples, batch_size - len(samples)))
         arrays = (rollout.obs, rollout.actions, advantages, returns)
         batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]

@@ -7,8 +7,9 @@ With π the probability of the action taken, π_old the same when it was taken, 
                                                 m is 1 where the clipped objective has a gradient, else 0
     loss = α · forward + β · reverse − ent_coef · entropy + vf_coef · value loss
 
-With α = 1, β = 0 this is PPO. The gradient of `reverse` is |Z| times that of `forward`, so that α + β|Z|, 0 is the same
-algorithm but for rounding, the matched control. Each iteration of `main`
+With α = 1, β = 0 this is PPO. The gradient of `reverse` is |Z| times that of `forward`: `--alpha` α + β|Z| `--beta 0`
+is the same but for rounding, the matched control. (For the plain reverse term take the logged `losses/mean_weight`
+instead of α + β|Z|.) Each iteration of `main`
 
     plays num_envs games for num_steps steps                                       collect_games
     adds noise, if asked for, and computes advantages A by GAE, returns = A + V    flip_rewards, gae
@@ -48,7 +49,7 @@ TAGS = """losses/policy_loss losses/forward_loss losses/reverse_loss losses/valu
 class Args:
     """SPPO on Atari. Defaults are the settings of the paper's released code."""
 
-    env_id: str = "ALE/Breakout-v5"  # the game; `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4` mean the same
+    env_id: str = "ALE/Breakout-v5"  # the game; of the id only that counts: frame skip, stickiness are set here
     seed: int = 1  # seed of the run: weights, games, actions, minibatches, noise
     total_timesteps: int = 5_000_000  # environment steps, each of 4 frames; the last incomplete batch is left out
     num_envs: int = 8  # games played side by side
@@ -70,13 +71,13 @@ class Args:
     Z: float = -1.0  # Z < 0, the stand-in for log 0; only β·Z matters
     importance_weighted_reverse: bool = True  # divide the reverse term by π_old; --no-…: the plain reverse term
     reward_noise: float = 0.0  # probability that the learner sees 1 − reward; reported scores stay clean
-    survival_bonus: float = 0.0  # added to every reward that the learner sees: what flips of this probability pay
+    survival_bonus: float = 0.0  # added to every reward the learner sees; p: what --reward-noise p pays on average
     advantage_noise: float = 0.0  # probability that a sample's advantage changes sign, redrawn in every epoch
     repeat_action_probability: float = 0.0  # sticky actions: probability that a game repeats the last action
     eval_interval: int = 0  # steps between evaluations; 0: only after the last update (the final score)
     eval_episodes: int = 10  # full games in an evaluation, actions sampled
     checkpoint_interval: int = 100_000  # steps between checkpoints; others: at evaluations, the end, after a signal
-    resume: str | None = None  # continue the run in this folder, `runs/<run>`, with its flags; what is typed wins
+    resume: str | None = None  # continue the run in this folder with its flags and what is typed; new episodes begin
     capture_video: bool = False  # save a video of each evaluation's first game, as the agent sees it
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
@@ -89,7 +90,7 @@ def validate(args: Args) -> None:
     batch_size, minibatch_size = args.num_envs * args.num_steps, args.num_envs * args.num_steps / args.num_minibatches
     if "game" not in gym.spec(args.env_id).kwargs:
         raise ValueError(f"--env-id {args.env_id} is not an Atari game")
-    if minibatch_size % 1 or args.norm_adv and minibatch_size < 2 or batch_size > args.total_timesteps:
+    if minibatch_size % 1 or min(args.num_steps, minibatch_size) < 2 or batch_size > args.total_timesteps:
         raise ValueError(f"a batch of {batch_size} steps must divide by --num-minibatches and fit --total-timesteps")
     if not args.Z < 0 <= min(args.alpha, args.beta):
         raise ValueError("--Z must be negative, --alpha and --beta must not")
@@ -99,7 +100,7 @@ def validate(args: Args) -> None:
 class Games:
     """Games side by side, in ale-py's vector environment with the usual preprocessing: 84×84 greyscale, 4 frames
     stacked, actions held for 4 frames, FIRE and 0 to 29 no-ops at reset. After a lost life FIRE is pressed for a step,
-    where the game has it: none stands waiting. `obs` (num_envs, 84, 84, 4) uint8 is what to act on next. Of the last
+    where the game has it: some wait for it. `obs` (num_envs, 84, 84, 4) uint8 is what to act on next. Of the last
     step, with an entry per game: `score` and `length` (in steps) of the game so far, or of the whole game where it is
     `over`; `valid`, False where FIRE was pressed for the learner: no sample."""
 
@@ -163,7 +164,7 @@ class AtariAgent(nn.Module):
         conv, device, dtype = self.features[0], obs.device.type, self.value.weight.dtype
         pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # there are more pixels
+            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # fewer than pixels
             features = self.features[1:](hidden).to(dtype)
         with torch.autocast(device, enabled=False):
             return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
@@ -177,11 +178,11 @@ class AtariAgent(nn.Module):
         """Sampled actions (num_envs, 1), their log-probabilities (num_envs, 1), values (num_envs,)."""
         tensor = torch.from_numpy(obs).to(self.value.weight.device)
         logprobs, value = (x.numpy(force=True) for x in self.logprobs_and_value(tensor))
-        action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # is a sample of π
+        action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # Gumbel-max: a sample of π
         return action, np.take_along_axis(logprobs, action, 1), value
 
 def as_vector(network: nn.Module) -> nn.Parameter:
-    """All parameters in one vector, of which they become parts: clipping and Adam are then a few calls in all."""
+    """All parameters in one vector, of which they become views: clipping and a step are then a few calls in all."""
     vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
     nn.utils.vector_to_parameters(vector.data, network.parameters())
     return vector
@@ -237,7 +238,7 @@ class Rollout:
         shape = (num_steps, len(obs))
         self.obs = np.zeros((num_steps, *obs.shape), obs.dtype)
         self.actions = np.zeros((*shape, action_dims), action_dtype)
-        self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old
+        self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old, for PPO's ratio
         self.values, self.rewards, self.bootstraps = np.zeros((3, *shape), np.float32)  # V(final obs) where truncated
         self.dones, self.valid = np.zeros(shape, bool), np.ones(shape, bool)
         self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
@@ -270,7 +271,7 @@ def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, arg
     return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
 
 def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradient=gradient) -> dict[str, float]:
-    """Steps on the loss of the `samples` of a batch (obs, actions, log π_old, advantages, returns). Means by tag."""
+    """Steps on the loss of the rows `samples` of a batch: obs, actions, log π_old, advantages, returns; means."""
     (parameters,), losses, means = optimizer.param_groups[0]["params"], [], []
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(samples)).to(parameters.device)
@@ -290,7 +291,7 @@ def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradien
 
 @torch.inference_mode()
 def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_steps: float = np.inf) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds always."""
+    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds each time."""
     rng, scores = np.random.default_rng([args.seed, 0, 4]), np.full(args.eval_episodes, np.nan)
     games = Games(args, rng.integers(2**31, size=args.eval_episodes))
     with imageio.get_writer(video, fps=15) if args.capture_video else contextlib.nullcontext() as writer:
@@ -335,7 +336,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # it anew was a quarter of an update
         with contextlib.suppress(OSError):  # a thread that wakes waits for a core instead of taking another's
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    # Random streams follow from seed, iteration and a number: a resumed run draws what the uninterrupted one would.
+    # Random streams follow from seed, iteration and a number: a resumed run draws the same, but begins new episodes.
     envs = Games(args, np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs))
     agent = AtariAgent(envs.num_actions, args.bf16).to(device)
     optimizer = torch.optim.Adam([parameters := as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
@@ -350,12 +351,12 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    stop, usual = [], {}  # the first signal lets the iteration end and saves, a second one acts as usual
-    for number in [getattr(signal, name) for name in dir(signal) if name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]:
+    stop, usual = [], {}  # the first signal ends the iteration and saves, a second acts as usual; 1: ignored (nohup)
+    for number in [s for s in signal.Signals if s.name[3:] in "INT TERM HUP USR1".split() and signal.getsignal(s) != 1]:
         with contextlib.suppress(ValueError):  # not in the main thread
             usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
     print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # what it lacks shows now, not at the end
+    evaluate_games(agent, args, stop, run / "0.mp4", max_steps=1)  # a trial: what it lacks shows now
     progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
                     unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
 
@@ -369,7 +370,7 @@ def main(args: Args, saved: dict | None = None) -> None:
                  optimizer=optimizer.state_dict())  # fmt: skip
         if evaluation_due and not stop:
             scores = evaluate_games(agent, args, stop, run / f"{step}.mp4")
-            if not stop:  # logged a step later: a resumed run, which repeats it, drops this one
+            if not stop:  # logged at step + 1: a resumed run evaluates again and drops this
                 writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
                 tqdm.write(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)")
         if last or saving and stop:
@@ -379,20 +380,20 @@ def main(args: Args, saved: dict | None = None) -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # converts weights once, not every step
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # casts weights once, not every step
             collect_games(envs, agent, rollout, act_rng)
         rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
         bootstraps, valid = args.gamma * rollout.bootstraps, rollout.valid
         context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
         advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (rewards, rollout.rewards))
         returns = advantages + rollout.values
-        samples = np.flatnonzero(valid)  # not the steps at which FIRE was pressed: others, at random, take their places
+        samples = np.flatnonzero(valid)  # FIRE rows are left out; others, drawn at random, take their places
         samples = np.append(samples, minibatch_rng.choice(samples, batch_size - len(samples)))
         arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, returns)
         batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]
         stats = update(agent, optimizer, batch, samples, clip_coef, args, minibatch_rng, step_gradient)
         share = 1 if args.importance_weighted_reverse else np.exp(rollout.logprobs[valid]).mean()
-        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # on PPO's policy gradient
+        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # mean factor on PPO's gradient
         stats["losses/explained_variance"] = 1 - advantages[valid].var() / (returns[valid].var() + 1e-8)
         stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages))[valid].mean()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]

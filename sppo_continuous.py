@@ -1,15 +1,15 @@
 """SPPO for continuous control: PPO with the symmetric loss of Byun and Perrault (ICML 2025, arXiv 2405.17618).
 
 Action dimensions are cut into `num_bins` values, so that actions have probabilities (the paper's DSPPO). With π that of
-the action taken, a product over dimensions, π_old the same when it was taken, r = π / π_old and A the advantage:
+the action taken, the product over dimensions, π_old the same when it was taken, r = π / π_old and A the advantage:
 
     forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)    PPO's clipped objective
     reverse = −m · A · Z · (1 − π) / π_old      after reverse cross-entropy; Z < 0 stands for log 0,
                                                 m is 1 where the clipped objective has a gradient, else 0
     loss = α · forward + β · reverse − ent_coef · entropy + vf_coef · value loss
 
-With α = 1, β = 0 this is PPO. The gradient of `reverse` is |Z| times that of `forward`, so that α + β|Z|, 0 is the same
-algorithm but for rounding, the matched control. Each iteration of `main`
+With α = 1, β = 0 this is PPO. The gradient of `reverse` is |Z| times that of `forward`: `--alpha` α + β|Z| `--beta 0`
+is the same but for rounding, the matched control. Each iteration of `main`
 
     acts in num_envs environments for num_steps steps                              collect_episodes
     adds noise, if asked for, and computes advantages A by GAE, returns = A + V    add_noise, gae
@@ -73,7 +73,7 @@ class Args:
     eval_interval: int = 0  # steps between evaluations; 0: only after the last update (the final score)
     eval_episodes: int = 10  # episodes in an evaluation, with the most probable actions; at most 100,000 steps each
     checkpoint_interval: int = 100_000  # steps between checkpoints; others: at evaluations, the end, after a signal
-    resume: str | None = None  # continue the run in this folder, `runs/<run>`, with its flags; what is typed wins
+    resume: str | None = None  # continue the run in this folder with its flags and what is typed; new episodes begin
     capture_video: bool = False  # save a video of each evaluation's first episode
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
@@ -146,7 +146,7 @@ class Environments:
             self.return_stats.update(self.discounted_return[i])
             reward[i] = max(min(raw_reward / self.return_stats.std, 10), -10)  # in this order a NaN stays one
             if terminated[i] or truncated[i]:
-                final_obs[i] = self.normalize(obs)  # a value to bootstrap from, not an observation of the policy
+                final_obs[i] = self.normalize(obs)  # only valued, not acted on: no statistics of it
                 obs, _ = env.reset()
             self.obs[i] = self.normalize(obs, learn=True)
         self.length += 1
@@ -199,7 +199,7 @@ class BinnedAgent(nn.Module):
         return logprob, -(logprobs.exp() * logprobs).sum((0, 2)), self.value(obs)
 
 def as_vector(network: nn.Module) -> nn.Parameter:
-    """All parameters in one vector, of which they become parts: clipping and Adam are then a few calls in all."""
+    """All parameters in one vector, of which they become views: clipping and a step are then a few calls in all."""
     vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
     nn.utils.vector_to_parameters(vector.data, network.parameters())
     return vector
@@ -290,7 +290,7 @@ def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, arg
     return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
 
 def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradient=gradient) -> dict[str, float]:
-    """Steps on the loss of the `samples` of a batch (obs, actions, log π_old, advantages, returns). Means by tag."""
+    """Steps on the loss of the rows `samples` of a batch: obs, actions, log π_old, advantages, returns; means."""
     (parameters,), losses, means = optimizer.param_groups[0]["params"], [], []
     for _ in range(args.update_epochs):
         b_inds = torch.from_numpy(rng.permutation(samples)).to(parameters.device)
@@ -310,7 +310,7 @@ def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradien
 
 @torch.inference_mode()
 def evaluate_episodes(agent, envs, args: Args, stop: list, video: Path, max_steps: float = 100_000) -> np.ndarray:
-    """Raw returns (eval_episodes,), most probable actions, the frozen statistics of `envs`, same seeds always."""
+    """Raw returns (eval_episodes,), most probable actions, the frozen statistics of `envs`, same seeds every time."""
     env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
     with imageio.get_writer(video, fps=30) if args.capture_video else contextlib.nullcontext() as writer:
@@ -355,7 +355,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     step_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
-    # Random streams follow from seed, iteration and a number: a resumed run draws what the uninterrupted one would.
+    # Random streams follow from seed, iteration and a number: a resumed run draws the same, but begins new episodes.
     seeds = np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs)
     envs = Environments(args, seeds, saved.get("stats", ()))
     agent = BinnedAgent(envs.obs.shape[1], envs.envs[0].action_space, args.num_bins).to(device)
@@ -371,12 +371,12 @@ def main(args: Args, saved: dict | None = None) -> None:
     writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    stop, usual = [], {}  # the first signal lets the iteration end and saves, a second one acts as usual
-    for number in [getattr(signal, name) for name in dir(signal) if name in "SIGINT SIGTERM SIGHUP SIGUSR1".split()]:
+    stop, usual = [], {}  # the first signal ends the iteration and saves, a second acts as usual; 1: ignored (nohup)
+    for number in [s for s in signal.Signals if s.name[3:] in "INT TERM HUP USR1".split() and signal.getsignal(s) != 1]:
         with contextlib.suppress(ValueError):  # not in the main thread
             usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
     print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate_episodes(agent, envs, args, stop, run / "0.mp4", max_steps=1)  # what it lacks shows now, not at the end
+    evaluate_episodes(agent, envs, args, stop, run / "0.mp4", max_steps=1)  # a trial: what it lacks shows now
     progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
                     unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
     for iteration in progress:
@@ -390,7 +390,7 @@ def main(args: Args, saved: dict | None = None) -> None:
                  stats=[{key: torch.tensor(x) for key, x in vars(stats).items()} for stats in envs.stats])  # fmt: skip
         if evaluation_due and not stop:
             scores = evaluate_episodes(agent, envs, args, stop, run / f"{step}.mp4")
-            if not stop:  # logged a step later: a resumed run, which repeats it, drops this one
+            if not stop:  # logged at step + 1: a resumed run evaluates again and drops this
                 writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
                 tqdm.write(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)")
         if last or saving and stop:
@@ -400,7 +400,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
-        random.seed(f"{args.seed} {iteration}")
+        random.seed(f"{args.seed} {iteration}")  # for environments that draw from global generators
         np.random.seed([args.seed, iteration])
         collect_episodes(envs, agent, rollout, act_rng)
         bootstraps, noisy = args.gamma * rollout.bootstraps, add_noise(rollout.rewards, args.reward_noise, noise_rng)
@@ -411,7 +411,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]
         stats = update(agent, optimizer, batch, np.arange(batch_size), clip_coef, args, minibatch_rng, step_gradient)
         share = 1 if args.importance_weighted_reverse else np.exp(rollout.logprobs).mean() / rollout.logprobs.shape[2]
-        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # on PPO's policy gradient
+        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # mean factor on PPO's gradient
         stats["losses/explained_variance"] = 1 - advantages.var() / (returns.var() + 1e-8)
         stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages)).mean()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
