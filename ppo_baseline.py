@@ -94,7 +94,7 @@ def validate(args: Args) -> None:
     env = make_env(args)
     space, obs_dims = env.action_space, len(env.unwrapped.observation_space.shape or ())
     env.close()
-    box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and np.isfinite(space.high / 2 - space.low / 2)
+    box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and (space.low > -1e30) & (space.high < 1e30)
     if obs_dims > 2 and args.env_id not in GAMES or not (isinstance(space, gym.spaces.Discrete) or np.all(box)):
         raise ValueError(f"--env-id {args.env_id} shows images, or {space} is not Discrete or of finite, real bounds")
 

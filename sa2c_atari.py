@@ -7,8 +7,8 @@ With π the probability of the action taken and A the advantage:
     loss = α · forward + β · reverse − ent_coef · entropy + vf_coef · value loss
 
 With α = 1, β = 0 this is A2C. The policy gradient is A2C's with every advantage multiplied by α + β|Z|π: confident
-actions count more. Its control is A2C with that
-weight's mean alone: `--alpha` w̄ `--beta 0`, w̄ the mean of `losses/mean_weight`. Each iteration of `main`
+actions count more. Its control is A2C with the mean of that weight alone, `--alpha` w̄ `--beta 0`, where w̄ is the mean
+of the logged `losses/mean_weight`. Each iteration of `main`
 
     plays num_envs games for num_steps steps                                               collect_games
     adds noise, if asked for, and computes advantages A by GAE (λ = 1), returns = A + V    flip_rewards, gae

@@ -1,7 +1,7 @@
 """Check it yourself: what the gradients of the symmetric losses are, on a real batch of a real environment.
 
     python benchmark/loss_anatomy.py --env-id CartPole-v1
-    python benchmark/loss_anatomy.py --env-id HalfCheetah-v5 --checkpoint runs/<run>/model.pt
+    python benchmark/loss_anatomy.py --env-id HalfCheetah-v5 --checkpoint runs/<run>/checkpoint.pt
     python benchmark/loss_anatomy.py --env-id ALE/Breakout-v5
 
 It trains for a few iterations (or loads a checkpoint of `sppo_atari.py` or `sppo_continuous.py`), plays one more batch,
@@ -22,7 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sppo_atari
 import sppo_continuous
-from ppo_baseline import is_atari, ppo_loss
+from ppo_baseline import GAMES, ppo_loss
 from sa2c_atari import symmetric_a2c_loss
 
 
@@ -30,24 +30,15 @@ from sa2c_atari import symmetric_a2c_loss
 class Args:
     """Gradients of the symmetric losses on a real batch, against their predicted reweighting."""
 
-    env_id: str = "CartPole-v1"
-    """an environment of `sppo_atari.py` or of `sppo_continuous.py`"""
-    checkpoint: Path | None = None
-    """`model.pt` of a run of that script; None: train first"""
-    iterations: int = 3
-    """iterations of training if there is no checkpoint"""
-    updates: int = 1
-    """updates on the batch before its gradients are taken"""
-    alpha: float = 0.5
-    """α"""
-    beta: float | None = None
-    """β; None: the script's own default"""
-    Z: float = -1.0
-    """Z"""
-    flip: float = 0.3
-    """probability that an advantage changes its sign, for the expected gradient under such noise"""
-    seed: int = 1
-    """seed of everything"""
+    env_id: str = "CartPole-v1"  # an environment of `sppo_atari.py` or of `sppo_continuous.py`
+    checkpoint: Path | None = None  # `checkpoint.pt` of a run of that script; None: train first
+    iterations: int = 3  # iterations of training if there is no checkpoint
+    updates: int = 1  # updates on the batch before its gradients are taken
+    alpha: float = 0.5  # α
+    beta: float | None = None  # β; None: the script's own default
+    Z: float = -1.0  # Z
+    flip: float = 0.3  # probability that an advantage changes its sign, for the expected gradient under such noise
+    seed: int = 1  # seed of everything
 
 
 class Trainer:
@@ -55,49 +46,40 @@ class Trainer:
 
     def __init__(self, env_id: str, checkpoint: Path | None, seed: int):
         torch.manual_seed(seed)
-        self.atari = is_atari(env_id)
+        self.atari = env_id in GAMES
         self.script = sppo_atari if self.atari else sppo_continuous
-        self.args = self.script.Args(env_id=env_id, seed=seed)
-        self.script.validate(self.args)
-        self.rng, self.actions_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-        model = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
-        device, sequence = torch.device("cpu"), np.random.SeedSequence(seed)
-        num_steps, num_envs = self.args.num_steps, self.args.num_envs
+        self.args = args = self.script.Args(env_id=env_id, seed=seed)
+        self.script.validate(args)
+        self.rng = np.random.default_rng(seed)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else {}
+        seeds = self.rng.integers(2**31, size=args.num_envs)
         if self.atari:
-            self.envs = (sppo_atari.Games(env_id, sppo_atari.game_seeds(sequence, num_envs), 0.0),)
-            self.agent = sppo_atari.AtariAgent(self.envs[0].num_actions)
-            self.rollout = sppo_atari.Rollout(num_steps, num_envs, device)
-            self.actions_rng, parameters = torch.Generator().manual_seed(seed), self.agent.parameters()
+            self.envs, dimensions = sppo_atari.Games(args, seeds), 1
+            self.agent = sppo_atari.AtariAgent(self.envs.num_actions)
+            self.collect = sppo_atari.collect_games
         else:
-            envs = sppo_continuous.Environments(env_id, sequence.generate_state(num_envs), self.args.gamma)
-            if model:  # the statistics that the policy was trained with, as if of a million observations
-                stats, count = envs.obs_stats, 10**6
-                stats.count, stats.mean = count, model["obs_stats"]["mean"].numpy()
-                stats.sum_of_squares = count * model["obs_stats"]["std"].numpy() ** 2
-                envs.obs[:] = [envs.normalize(env.reset()[0]) for env in envs.envs]
-            to_action = sppo_continuous.BinnedActions(envs.action_space, self.args.num_bins)
-            self.envs = envs, to_action
-            self.agent = sppo_continuous.BinnedAgent(envs.obs.shape[1], to_action.values.shape)
-            sizes = num_steps, num_envs, envs.obs.shape[1], len(to_action.values)
-            self.rollout = sppo_continuous.Rollout(*sizes)
-            parameters = [sppo_continuous.as_vector(self.agent)]
-        if model:
-            self.agent.load_state_dict(model["agent"])
-        self.optimizer = torch.optim.Adam(parameters, lr=self.args.learning_rate, eps=1e-5)
+            self.envs = sppo_continuous.Environments(args, seeds, saved.get("stats", ()))
+            space = self.envs.envs[0].action_space
+            self.agent = sppo_continuous.BinnedAgent(self.envs.obs.shape[1], space, args.num_bins)
+            self.collect, dimensions = sppo_continuous.collect_episodes, len(self.agent.actions)
+        self.rollout = self.script.Rollout(args.num_steps, self.envs.obs, dimensions)
+        self.optimizer = torch.optim.Adam([self.script.as_vector(self.agent)], lr=args.learning_rate, eps=1e-5)
+        self.agent.load_state_dict(saved.get("agent", self.agent.state_dict()))
 
-    def play(self):
+    def play(self) -> tuple[list[torch.Tensor], np.ndarray]:
+        """A batch (obs, actions, log π_old, advantages, returns); its samples, without FIRE pressed for the learner."""
         rollout, args = self.rollout, self.args
-        self.script.collect(*self.envs, self.agent, rollout, self.actions_rng)
-        rewards, values = rollout.rewards + args.gamma * rollout.bootstraps, rollout.values.numpy()
-        context = values, rollout.dones, rollout.next_value.numpy(), args.gamma, args.gae_lambda
-        advantages = self.script.gae(rewards, *context)
-        fields = [rollout.obs, rollout.actions, rollout.logprobs, advantages, advantages + values]
-        if self.atari:
-            fields.append(rollout.valid.astype(np.float32))
-        return self.script.Batch(*(torch.as_tensor(field).flatten(0, 1).clone() for field in fields))
+        self.collect(self.envs, self.agent, rollout, self.rng)
+        context = rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda
+        advantages = self.script.gae(rollout.rewards + args.gamma * rollout.bootstraps, *context)
+        arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, advantages + rollout.values)
+        samples = np.flatnonzero(rollout.valid if self.atari else np.ones_like(rollout.dones))
+        return [torch.from_numpy(x).flatten(0, 1).clone() for x in arrays], samples
 
-    def update(self, batch) -> None:
-        self.script.update(self.agent, self.optimizer, batch, self.args.clip_coef, self.args, self.rng)
+    def update(self, batch: list[torch.Tensor], samples: np.ndarray) -> None:
+        filled = np.append(samples, self.rng.choice(samples, len(batch[0]) - len(samples)))  # as in the script
+        clip_coef = torch.tensor(self.args.clip_coef)
+        self.script.update(self.agent, self.optimizer, batch, filled, clip_coef, self.args, self.rng)
 
 
 def gradients(loss: torch.Tensor, agent: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -116,19 +98,17 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     trainer = Trainer(args.env_id, args.checkpoint, args.seed)
     for _ in range(0 if args.checkpoint else args.iterations):
-        trainer.update(trainer.play())
-    batch = trainer.play()
+        trainer.update(*trainer.play())
+    batch, samples = trainer.play()
     for _ in range(args.updates):
-        trainer.update(batch)
+        trainer.update(batch, samples)
 
-    # One minibatch in float64; on Atari without the steps where FIRE was pressed for the learner.
-    usable = np.flatnonzero(batch.weight.numpy()) if trainer.atari else np.arange(len(batch.obs))
-    chosen = torch.from_numpy(trainer.rng.choice(usable, 256, replace=False))
-    mb = type(batch)(*(x[chosen].double() if x.is_floating_point() else x[chosen] for x in batch))
+    chosen = torch.from_numpy(trainer.rng.choice(samples, 256, replace=False))
+    in_float64 = (x[chosen].double() if x.is_floating_point() else x[chosen] for x in batch)
+    obs, actions, old_logprob, advantages, _ = in_float64
     agent = trainer.agent.double()
-    logprob, _, _ = agent(mb.obs, mb.actions)
-    old_logprob, D = mb.logprobs, logprob.shape[1]
-    A = (mb.advantages - mb.advantages.mean()) / mb.advantages.std()
+    logprob, _, _ = agent(obs, actions)
+    A, D = (advantages - advantages.mean()) / advantages.std(), logprob.shape[1]
 
     alpha, Z, clip_coef = args.alpha, args.Z, trainer.args.clip_coef
     beta = trainer.args.beta if args.beta is None else args.beta
@@ -140,7 +120,7 @@ def main(args: Args) -> None:
     joint_logprob = logprob.sum(1)
     old_pi, pi, joint_pi = old_logprob.exp(), logprob.detach().exp(), joint_logprob.detach().exp()
     forward_ppo = ppo_loss(logprob, old_logprob, A, clip_coef)
-    forward_a2c = -(mb.advantages * joint_logprob).mean()
+    forward_a2c = -(advantages * joint_logprob).mean()
     factor = alpha + beta * abs(Z)
     plain_weight = alpha + beta * abs(Z) * old_pi / D  # by action dimension; at r = 1
     a2c_weight = alpha + beta * abs(Z) * joint_pi
@@ -149,16 +129,12 @@ def main(args: Args) -> None:
     else:
         coefficient = (m * A).unsqueeze(1) * (alpha * ratio.unsqueeze(1) + beta * abs(Z) * pi / D)
         predicted_plain = -(coefficient * logprob).sum(1).mean()
-    predicted_a2c = -(mb.advantages * a2c_weight * joint_logprob).mean()
+    predicted_a2c = -(advantages * a2c_weight * joint_logprob).mean()
 
     released_loss, _, released_reverse = symmetric_ppo_loss(logprob, old_logprob, A, *coefficients, clip_coef)
     plain_loss, _, plain_reverse = symmetric_ppo_loss(logprob, old_logprob, A, *coefficients, clip_coef, False)
-    sa2c_loss, _, sa2c_reverse = symmetric_a2c_loss(joint_logprob, mb.advantages, *coefficients)
-    mean_weights = [
-        trainer.script.mean_weight(old_logprob, *coefficients, True),
-        trainer.script.mean_weight(old_logprob, *coefficients, False),
-        a2c_weight.mean().item(),
-    ]
+    sa2c_loss, _, sa2c_reverse = symmetric_a2c_loss(joint_logprob, advantages, *coefficients)
+    mean_weights = factor, plain_weight.mean().item(), a2c_weight.mean().item()
     symmetric = [gradients(loss, agent) for loss in (released_loss, plain_loss, sa2c_loss)]
     predicted = [gradients(loss, agent) for loss in (factor * forward_ppo, predicted_plain, predicted_a2c)]
     unweighted = [gradients(loss, agent) for loss in (forward_ppo, forward_ppo, forward_a2c)]

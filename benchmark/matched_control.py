@@ -28,31 +28,20 @@ TABLE = ROOT / "benchmark/results/matched_control.csv"
 def learn(script, args):
     """Runs a script's algorithm on one environment; yields the parameters and the actions of each iteration."""
     torch.manual_seed(args.seed)
-    rng, actions_rng = np.random.default_rng(args.seed), np.random.default_rng([args.seed, 1])
-    envs = script.Environments(args.env_id, np.array([args.seed]), args.gamma)
-    to_action = script.BinnedActions(envs.action_space, args.num_bins)
-    agent = script.BinnedAgent(envs.obs.shape[1], to_action.values.shape)
-    optimizer = torch.optim.Adam([script.as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    if script is ppo_baseline:
-        action = torch.zeros(1, len(to_action.values), dtype=torch.long)
-        rollout = script.Rollout(args.num_steps, torch.from_numpy(envs.obs), action)
-    else:
-        rollout = script.Rollout(args.num_steps, 1, envs.obs.shape[1], len(to_action.values))
-    collect = ppo_baseline.collect_episodes if script is ppo_baseline else sppo_continuous.collect
-    for _ in range(ITERATIONS):
-        collect(envs, to_action, agent, rollout, actions_rng)
-        values = rollout.values.numpy()
-        rewards = rollout.rewards + args.gamma * rollout.bootstraps
-        advantages = script.gae(
-            rewards, values, rollout.dones, rollout.next_value.numpy(), args.gamma, args.gae_lambda
-        )
-        tensors = [torch.from_numpy(x) for x in (advantages, advantages + values)]
-        if script is ppo_baseline:
-            tensors.append(torch.from_numpy(rollout.valid).float())
-        fields = (rollout.obs, rollout.actions, rollout.logprobs, *tensors)
-        batch = script.Batch(*(x.flatten(0, 1) for x in fields))
-        script.update(agent, optimizer, batch, args.clip_coef, args, rng)
-        yield torch.cat([p.detach().flatten() for p in agent.parameters()]), rollout.actions.clone()
+    envs = script.Environments(args, np.array([args.seed]))
+    agent = script.BinnedAgent(envs.obs.shape[1], envs.envs[0].action_space, args.num_bins)
+    parameters = script.as_vector(agent)
+    optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout, clip_coef = script.Rollout(args.num_steps, envs.obs, len(agent.actions)), torch.tensor(args.clip_coef)
+    for iteration in range(ITERATIONS):
+        act_rng, minibatch_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(2))
+        script.collect_episodes(envs, agent, rollout, act_rng)
+        rewards, context = rollout.rewards + args.gamma * rollout.bootstraps, (args.gamma, args.gae_lambda)
+        advantages = script.gae(rewards, rollout.values, rollout.dones, rollout.next_value, *context)
+        arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, advantages + rollout.values)
+        batch = [torch.from_numpy(x).flatten(0, 1) for x in arrays]
+        script.update(agent, optimizer, batch, np.arange(args.num_steps), clip_coef, args, minibatch_rng)
+        yield parameters.detach().clone(), rollout.actions.copy()
 
 
 def compare() -> None:
@@ -60,15 +49,14 @@ def compare() -> None:
     rows = []
     for alpha, beta, Z in ((1.0, 1.0, -1.0), (0.5, 20.0, -1.0)):
         control = ppo_baseline.Args(policy="discretized", pg_coef=alpha + beta * abs(Z))
-        ppo_baseline.fill_in(control)
         symmetric = sppo_continuous.Args(alpha=alpha, beta=beta, Z=Z)
         first = None
         pair = zip(learn(sppo_continuous, symmetric), learn(ppo_baseline, control))
         for iteration, ((ours, our_actions), (theirs, their_actions)) in enumerate(pair, 1):
             gap = ((ours - theirs).norm() / theirs.norm()).item()
-            differs = (our_actions != their_actions).flatten(1).any(1)
+            differs = (our_actions != their_actions).any((1, 2))
             if first is None and differs.any():
-                first = (iteration - 1) * len(differs) + int(differs.int().argmax())
+                first = (iteration - 1) * len(differs) + int(differs.argmax())
             rows.append((alpha, beta, Z, iteration, f"{gap:.3e}", first))
             print(*rows[-1], flush=True)
     with TABLE.open("w") as file:

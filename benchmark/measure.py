@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-COLLECT = [("collect", "collect_games"), ("collect", "collect_episodes")]  # ppo_baseline.py has two: Atari, control
 SB3, SUBPROCESSES, SBX, BARE = "SB3", "SB3, SubprocVecEnv", "sbx", "bare environment"
 
 
@@ -99,21 +98,20 @@ def measure_script(job: dict, clock: Clock) -> None:
     script, mode, gpu = importlib.import_module(name), job["mode"], job["kind"] == "gpu"  # sets variables for torch
     import gymnasium as gym
     import torch
-    import tyro
 
     for field in ["env_id", "seed", "num_envs", "num_steps", "num_minibatches", "total_timesteps"]:
         if field in script.Args.__dataclass_fields__:  # sa2c_atari.py has no minibatches
             flags += [f"--{field.replace('_', '-')}", str(job[field])]
     flags += ["--torch-threads", str(job["threads"]), "--cuda" if gpu else "--no-cuda", *job["flags"]]
-    args = tyro.cli(script.Args, args=flags)
+    sys.argv[1:] = flags
     try:
-        getattr(script, "fill_in", lambda args: None)(args)
+        args, _ = script.read_flags()
         script.validate(args)
-    except ValueError as error:
+    except (ValueError, gym.error.Error) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
-    collect_name = next(name for name in COLLECT[job["kind"] == "control"] if hasattr(script, name))
+    collect_name = "collect_episodes" if job["kind"] == "control" else "collect_games"
     collect, update = getattr(script, collect_name), script.update
     wait = torch.cuda.synchronize if gpu else lambda: None
 
@@ -122,12 +120,14 @@ def measure_script(job: dict, clock: Clock) -> None:
         return collect(*args, **kwargs)
 
     def collect_at_random(envs, *_):
-        space = envs.action_space if hasattr(envs, "action_space") else gym.spaces.Discrete(envs.num_actions)
-        play_at_random(space, (job["num_steps"], job["num_envs"]), envs.step, clock)
+        shape = job["num_steps"], job["num_envs"]
+        if job["kind"] == "control":
+            play_at_random(envs.envs[0].action_space, shape, envs.step, clock)
+        play_at_random(gym.spaces.Discrete(envs.num_actions), (*shape, 1), envs.step, clock)
 
     setattr(script, collect_name, tick_and_collect)
     if mode == "rollouts":
-        script.update, script.check_finite = lambda *args, **kwargs: {}, lambda *args: None
+        script.update = lambda *args, **kwargs: {}
     elif mode == "update":
         setattr(script, collect_name, once(collect))
         script.update = timed(update, clock.add, wait)

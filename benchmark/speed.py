@@ -3,6 +3,7 @@
     python benchmark/speed.py                                # everything; about an hour on an idle machine
     python benchmark/speed.py --cases atari a2c --modes train split --repetitions 5 --torch-threads 1 2
     python benchmark/speed.py --output benchmark/README.md   # puts the tables there, between two marker comments
+    python benchmark/speed.py --before ../old                # another checkout's scripts, too, by its own measure.py
     python benchmark/speed.py --quick                        # tiny sizes: shows that all runs; figures mean nothing
 
 Each measurement is a process of its own (`measure.py`), so that memory, threads and caches are too. Contestants take
@@ -40,7 +41,7 @@ from measure import BARE, SB3, SBX, SUBPROCESSES
 FASTEST = {
     ("sppo_atari", "atari"): ["--bf16"],
     ("ppo_baseline", "atari"): ["--bf16"],
-    ("sa2c_atari", "atari"): ["--bf16", "--compile"],
+    ("sa2c_atari", "atari"): ["--bf16"],
     ("sppo_continuous", "control"): ["--compile"],
     ("ppo_baseline", "control"): ["--compile"],
     ("sppo_atari", "gpu"): ["--bf16", "--compile"],
@@ -88,6 +89,7 @@ TARGETS = [  # what, case, mode, measured column, targets by default and with th
 ]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "speed.csv"
+BEFORE = "before: "  # precedes the names of another checkout's scripts
 BEGIN, END = "<!-- speed.py writes from here -->", "<!-- to here -->"
 CORES = len(os.sched_getaffinity(0))
 PARTS = ["acting", "environment", "advantages", "update", "logging", "rest"]
@@ -127,11 +129,11 @@ def busy_cores(seconds: float) -> float:
     return os.cpu_count() * (1 - (spent[3] + spent[4]) / max(sum(spent), 1))
 
 
-def run(job: dict, python: str) -> dict:
+def run(job: dict, python: str, root: Path = ROOT) -> dict:
     """Does the job in a process of its own; what goes wrong there is a note in the result."""
     threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as folder:  # where the script leaves its runs/
-        command = [python, ROOT / "benchmark" / "measure.py", json.dumps(job)]
+        command = [python, root.resolve() / "benchmark" / "measure.py", json.dumps(job)]
         done = subprocess.run(command, cwd=folder, env=os.environ | threads, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -160,15 +162,20 @@ def contestants(case: Case, mode: str) -> list[tuple[str, str, list[str]]]:
 def measure_all(case: Case, key: dict, args: argparse.Namespace) -> list[dict]:
     """Rows of one case in one mode: all its contestants, in turn, over several repetitions."""
     rows, entries = [], contestants(case, key["mode"])
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    if args.before:
+        entries += [(BEFORE + name, kind, flags) for name, kind, flags in entries if kind]
     for repetition in range(args.repetitions if key["mode"] != "split" else 1):
         for name, kind, flags in entries if repetition % 2 == 0 else entries[::-1]:
-            job = case._asdict() | key | dict(threads=int(key["threads"]), contestant=name, flags=flags)
+            root = args.before if name.startswith(BEFORE) else ROOT
+            git = ["git", "-C", root, "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout
+            job = case._asdict() | key
+            job |= dict(threads=int(key["threads"]), contestant=name.removeprefix(BEFORE), flags=flags)
             job |= dict(seed=repetition + 1, seconds=args.seconds, iterations=args.iterations, quick=args.quick)
             row = dict.fromkeys(FIELDS, "") | key | dict(contestant=name, flags=" ".join(flags) or kind)
             row |= dict(repetition=repetition + 1, commit=commit.strip())
             row |= dict(busy_cores=f"{busy_cores(0.1 if args.quick else 1):.2f}")
-            result = run(job, args.sbx_python if name == SBX else sys.executable)
+            result = run(job, args.sbx_python if name == SBX else sys.executable, root)
             row |= {field: x if field == "note" else f"{x:.1f}" for field, x in result.items()}
             rows.append(row)
             print(*list(key.values())[1:], label(name, row["flags"]), row["steps_per_second"] or row["note"], sep=", ",
@@ -271,6 +278,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3, help="at least, in each measurement")
     parser.add_argument("--torch-threads", type=int, nargs="+", help="default: control and --quick 1, else all cores")
     parser.add_argument("--sbx-python", default=sys.executable, help="the python of an environment that has sbx-rl")
+    parser.add_argument("--before", type=Path, help="another checkout, whose scripts are measured beside ours")
     parser.add_argument("--csv", type=Path, help="raw measurements; default results/speed.csv, with --quick none")
     parser.add_argument("--output", type=Path, help="Markdown file to put the tables into")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one repetition")

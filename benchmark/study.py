@@ -7,9 +7,9 @@
 STUDY is a file, or the name of one in `benchmark/studies/`; `--scale` takes a smaller version that the file describes.
 A run is a subprocess of the real script in a folder of its own, `studies/STUDY/<run>/`, and is finished once its
 `done.json` lies there. The same command continues a study that was interrupted: runs go on from their last checkpoint,
-those without one start anew. With `--ray` and `--slurm` the folder must be one that all machines see; a Ray cluster's
-machines need the same token, or RAY_AUTH_MODE=disabled. `run --results DIR` counts as finished what the tables of an
-earlier `collect` hold, so that a study begun on one machine goes on at another.
+complete ones only evaluate again, those without one start anew. With `--ray` and `--slurm` the folder must be one that
+all machines see; a Ray cluster's machines need the same token, or RAY_AUTH_MODE=disabled. `run --results DIR` counts as
+finished what the tables of an earlier `collect` hold, so that a study begun on one machine goes on at another.
 
 A study file is TOML; `benchmark/studies/smoke.toml` is a short one:
 
@@ -43,10 +43,10 @@ from datetime import datetime
 from pathlib import Path
 
 from study_file import ROOT, Cell, Study, StudyError, load
-from study_results import adopt, collect, is_logged, mean_weights, random_scores, write_atomically
+from study_results import adopt, collect, mean_weights, random_scores, write_atomically
 from tqdm import tqdm
 
-FINAL = re.compile(r"^final score at (\d+) steps: (\S+) ", re.MULTILINE)
+SCORE = re.compile(r"^score at (\d+) steps: (\S+) ", re.MULTILINE)
 ATTEMPT = re.compile(r"^\[study\] (\S+) ", re.MULTILINE)  # our own lines in a run's log: when it was started, and how
 RETRIES = 2  # of a run that was killed from outside: out of memory, a node going down
 GUESS = {True: 150, False: 600}  # steps per second of a run, on Atari and elsewhere, before any was measured
@@ -93,16 +93,14 @@ def run_locked(cell: Cell, command: str, folder: Path, threads: int, lock: int) 
         write_atomically(begun, command)
     log.touch()
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = os.environ | dict.fromkeys(names, str(threads))
+    environment = os.environ | dict.fromkeys(names, str(threads)) | dict(PYTHONUNBUFFERED="1")
     starts, code = 0, 0
     while True:
         text = log.read_text(errors="replace")
-        finals = FINAL.findall(text)
-        # Killed just then, or not seen to its end because the study was: it counts only if the curves have it, too.
-        if finals and ((starts and code == 0) or is_logged(folder, int(finals[-1][0]))):
+        if starts and code == 0 and (scores := SCORE.findall(text)):  # seen to its end: its last score is the final one
             attempts = ATTEMPT.findall(text)
             seconds = log.stat().st_mtime - datetime.fromisoformat(attempts[-1]).timestamp()
-            record = dict(command=command, steps=int(finals[-1][0]), score=float(finals[-1][1]),
+            record = dict(command=command, steps=int(scores[-1][0]), score=float(scores[-1][1]),
                           seconds=round(seconds, 1), attempts=len(attempts))
             write_atomically(folder / "done.json", json.dumps(record, indent=1) + "\n")
             return "done"
@@ -134,13 +132,13 @@ def run_locked(cell: Cell, command: str, folder: Path, threads: int, lock: int) 
 
 
 def steps_so_far(cell: Cell, folder: Path) -> int:
-    """Of a cell, from the last progress line of its log."""
+    """Of a cell, from the last progress bar in its log."""
     if is_done(folder):
         return cell.steps
     try:
         with (folder / "log.txt").open("rb") as log:
             log.seek(max(log.seek(0, os.SEEK_END) - 4000, 0))
-            found = re.findall(r"^(\d+) steps, ", log.read().decode(errors="replace"), re.MULTILINE)
+            found = re.findall(r"\| (\d+)/\d+ \[", log.read().decode(errors="replace"))
     except FileNotFoundError:
         return 0
     return min(int(found[-1]), cell.steps) if found else 0
@@ -341,6 +339,9 @@ def main() -> int:
         usage = "folder of tables and report (default: results, in the study's own)"
         command.add_argument("--results", help="tables whose runs count as finished" if name == "run" else usage)
     args = parser.parse_args()
+    if "PYTHONPATH" in os.environ:  # runs have folders of their own
+        paths = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths))
     try:
         study = load(args.study, args.scale)
         folder = Path(args.folder) / study.name

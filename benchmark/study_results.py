@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import shutil
@@ -32,14 +33,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All points of a cell's TensorBoard files, (step, value) by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes seconds
 
+    logging.getLogger("tensorboard").setLevel("ERROR")  # it warns of resumed runs
     (run,) = (folder / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def is_logged(folder: Path, step: int) -> bool:
-    """Whether a cell's TensorBoard files reach to the evaluation at this step."""
-    return any((folder / "runs").glob("*")) and scalars(folder).get("eval/episodic_return", [(0, 0)])[-1][0] == step
 
 
 def mean_weights(study: Study, folder: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -112,7 +109,8 @@ def collect(study: Study, folder: Path, results: Path) -> None:
             continue
         points = scalars(folder / cell.name)
         before = 0
-        for step, score in points["eval/episodic_return"]:
+        for logged_at, score in points["eval/episodic_return"]:
+            step = logged_at - 1  # scripts log an evaluation a step later
             since = {name: mean([value for at, value in points[tag] if before < at <= step])
                      for name, tag in TAGS.items()}
             evaluations.append(key | dict(step=step, score=score) | since)
@@ -149,30 +147,30 @@ def random_scores(study: Study, results: Path) -> None:
             write_table(path, rows)
 
 
-def play_uniformly(env_id: str, episodes: int) -> list[float]:
-    """Raw returns of the policy that draws every action uniformly; always the same episodes."""
-    import gymnasium as gym
+def play_uniformly(env_id: str, episodes: int, max_steps: int = 100_000) -> list[float]:
+    """Raw returns of the policy that draws every action uniformly; always the same episodes. `max_steps` of each count,
+    as in the scripts' own evaluation; an Atari game ends by itself."""
     import numpy as np
 
     sys.path.insert(0, str(ROOT))
     import ppo_baseline
 
-    if ppo_baseline.is_atari(env_id):  # games side by side; the first one of each counts
-        games = ppo_baseline.Games(env_id, ppo_baseline.game_seeds(np.random.SeedSequence(0), episodes), 0.0)
+    args = ppo_baseline.Args(env_id)
+    if env_id in ppo_baseline.GAMES:  # games side by side; the first one of each counts
         rng, scores = np.random.default_rng(0), np.full(episodes, np.nan)
+        games = ppo_baseline.Games(args, rng.integers(2**31, size=episodes))
         while np.isnan(scores).any():
-            games.step(rng.integers(games.num_actions, size=episodes))
+            games.step(rng.integers(games.num_actions, size=(episodes, 1)))
             scores = np.where(games.over & np.isnan(scores), games.score, scores)
         return scores.tolist()
-    env = gym.make(env_id)
+    env, returns = ppo_baseline.make_env(args), [0.0] * episodes
     env.action_space.seed(0)
-    returns = []
     for episode in range(episodes):
         env.reset(seed=0 if episode == 0 else None)
-        total, over = 0.0, False
-        while not over:
+        for _ in range(max_steps):
             _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            total, over = total + float(reward), terminated or truncated
-        returns.append(total)
+            returns[episode] += np.asarray(reward).item()
+            if terminated or truncated:
+                break
     env.close()
     return returns

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sppo_atari import flip_rewards, flip_signs, gae, normalize
+from sppo_continuous import add_noise
 
 PROBABILITIES = pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 
@@ -51,29 +52,11 @@ def test_nothing_in_a_masked_row_reaches_another_advantage(rollout, seed):
     np.testing.assert_array_equal(before[~masked], after[~masked])
 
 
-@given(hnp.arrays(float, st.integers(2, 40), elements=st.floats(-100, 100)), st.data())
-def test_normalize_sees_the_valid_samples_alone(advantage, data):
-    valid = data.draw(hnp.arrays(bool, len(advantage)).filter(lambda mask: mask.sum() >= 2))
-    kept = advantage[valid]
-    expected = (kept - kept.mean()) / (kept.std(ddof=1) + 1e-8)
-    mask = torch.tensor(valid, dtype=torch.float64)
-    normalized = normalize(torch.tensor(advantage), mask)[mask > 0]
-    np.testing.assert_allclose(normalized, expected, rtol=1e-9, atol=1e-5)
-
-    garbage = torch.tensor(np.where(valid, advantage, 1e9))
-    assert torch.equal(normalize(garbage, mask)[mask > 0], normalized)
-
-
-@given(hnp.arrays(np.float32, st.integers(2, 40), elements=st.floats(-100, 100, width=32), unique=True))
-def test_normalize_with_all_valid_is_torchs_own(advantage):
-    advantage = torch.tensor(advantage, dtype=torch.float64)
-    expected = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    torch.testing.assert_close(normalize(advantage, torch.ones_like(advantage)), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("num_valid", [0, 1])
-def test_normalize_survives_too_few_valid_samples(num_valid):
-    assert normalize(torch.randn(8), (torch.arange(8) < num_valid).float()).isfinite().all()
+@given(hnp.arrays(float, st.tuples(st.integers(1, 3), st.integers(2, 20)), elements=st.floats(-100, 100)))
+def test_every_row_is_normalised_by_itself(advantages):
+    for row, normalized in zip(advantages, normalize(torch.tensor(advantages))):
+        expected = (row - row.mean()) / (row.std(ddof=1) + 1e-8)
+        np.testing.assert_allclose(normalized, expected, rtol=1e-9, atol=1e-5)
 
 
 def within_binomial_bounds(count, trials, probability):
@@ -102,3 +85,19 @@ def test_flip_signs(probability):
     flipped_once = ((first < 0) != (second < 0)).sum().item()  # redrawn: independent of the first time
     assert within_binomial_bounds(flipped_once, len(advantage), 2 * probability * (1 - probability))
     assert torch.equal(first, flip_signs(advantage, probability, np.random.default_rng(0)))
+
+
+def test_gaussian_reward_noise():
+    """Mean 0, standard deviation as given; the same for the same generator; rewards stay float32."""
+    reward = np.linspace(-10, 10, 200_000, dtype=np.float32).reshape(-1, 2)
+    clean = reward.copy()
+    noisy = add_noise(reward, 0.5, np.random.default_rng(0))
+    noise = (noisy - reward).astype(float)
+    assert abs(noise.mean()) < 5 * 0.5 / np.sqrt(noise.size)
+    assert noise.std() == pytest.approx(0.5, rel=0.01)
+    assert np.mean(np.abs(noise) < 0.5) == pytest.approx(0.6827, abs=0.005)
+    assert abs(np.corrcoef(noise.T)[0, 1]) < 0.02
+    assert noisy.dtype == np.float32
+    np.testing.assert_array_equal(reward, clean)
+    np.testing.assert_array_equal(noisy, add_noise(reward, 0.5, np.random.default_rng(0)))
+    np.testing.assert_array_equal(reward, add_noise(reward, 0.0, np.random.default_rng(0)))

@@ -13,14 +13,14 @@ from hypothesis.extra import numpy as hnp
 
 from sppo_continuous import (
     Args,
-    BinnedActions,
     BinnedAgent,
     Environments,
     Rollout,
     RunningMeanStd,
-    add_noise,
-    collect,
+    collect_episodes,
     evaluate_episodes,
+    main,
+    validate,
 )
 
 SEEDS, GAMMA = np.array([3, 4]), 0.9
@@ -94,7 +94,7 @@ def test_running_std_far_from_zero():
 @pytest.fixture(scope="module")
 def hopper():
     """A random policy in two environments: the environments, what `step` gave, what really happened."""
-    envs = Environments("test/Hopper-v0", SEEDS, GAMMA)
+    envs = Environments(Args(env_id="test/Hopper-v0", gamma=GAMMA), SEEDS)
     actions = np.random.default_rng(0).uniform(-1, 1, (300, *SEEDS.shape, 3)).astype(np.float32)
     obs, steps = [envs.obs.copy()], []
     for action in actions:
@@ -166,20 +166,19 @@ def test_normalize_clips_and_does_not_learn(hopper):
 
 @pytest.fixture
 def cartpole():
-    """Environments, to_action, agent."""
     torch.manual_seed(2)
-    envs = Environments("test/CartPole-v0", SEEDS, GAMMA)
-    return envs, BinnedActions(envs.action_space, 11), BinnedAgent(4, (1, 2)).requires_grad_(False)
+    envs = Environments(Args(env_id="test/CartPole-v0", gamma=GAMMA), SEEDS)
+    return envs, BinnedAgent(4, envs.envs[0].action_space, 11).requires_grad_(False)
 
 
 @pytest.fixture
 def collected(cartpole):
     """Two rollouts into the same arrays, so that the second one begins within an episode and must clear the first."""
-    envs, to_action, agent = cartpole
-    rollout, actions, rng = Rollout(300, len(SEEDS), 4, 1), [], np.random.default_rng(0)
+    envs, agent = cartpole
+    rollout, actions, rng = Rollout(300, envs.obs, action_dims=1), [], np.random.default_rng(0)
     for _ in range(2):
-        collect(envs, to_action, agent, rollout, rng)
-        actions.append(rollout.actions.numpy()[..., 0].copy())
+        collect_episodes(envs, agent, rollout, rng)
+        actions.append(rollout.actions[..., 0].copy())
     stream = replay("test/CartPole-v0", np.concatenate(actions))
     return rollout, agent, Stream(stream.obs[300:], *(array[300:] for array in stream[1:])), stream
 
@@ -188,7 +187,7 @@ def test_rows_after_an_end_belong_to_the_next_episode(collected):
     rollout, _, second, stream = collected
     before = stream.obs[:300].reshape(-1, 4)
     acted_on = np.concatenate([before, second.obs[:-1].reshape(-1, 4)])
-    for i, row in enumerate(rollout.obs.flatten(0, 1).numpy(), start=len(before)):
+    for i, row in enumerate(rollout.obs.reshape(-1, 4), start=len(before)):
         np.testing.assert_allclose(row, normalize(acted_on[i], acted_on[: i + 1]), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(rollout.dones, second.terminated | second.truncated)
 
@@ -209,11 +208,11 @@ def test_only_truncations_bootstrap(collected):
 
 def test_what_is_stored_is_what_the_agent_says(collected, cartpole):
     rollout, agent, second, _ = collected
-    envs, _, _ = cartpole
-    logprobs, _, values = agent(rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1))
-    torch.testing.assert_close(rollout.logprobs.flatten(0, 1), logprobs)
-    torch.testing.assert_close(rollout.values.flatten(), values)
-    torch.testing.assert_close(rollout.next_value, agent.value(torch.from_numpy(envs.obs)))
+    obs, actions = (torch.from_numpy(x).flatten(0, 1) for x in (rollout.obs, rollout.actions))
+    logprobs, _, values = agent(obs, actions)
+    next_value = agent.value(torch.from_numpy(cartpole[0].obs))
+    for stored, said in ((rollout.logprobs, logprobs), (rollout.values, values), (rollout.next_value, next_value)):
+        torch.testing.assert_close(torch.from_numpy(stored).flatten(), said.flatten())
     over = second.terminated | second.truncated
     assert [t for t, _, _ in rollout.finished] == np.flatnonzero(over.any(1)).tolist()
     assert all(score == length for _, score, length in rollout.finished)  # CartPole pays 1 per step
@@ -224,21 +223,23 @@ def test_what_is_stored_is_what_the_agent_says(collected, cartpole):
 
 def test_an_evaluation_is_repeatable_and_changes_nothing(cartpole):
     """Raw returns of whole episodes, most probable actions, the statistics as training left them."""
-    envs, to_action, agent = cartpole
+    envs, agent = cartpole
     for t in range(50):
         envs.step(np.array([t % 2, 1]))
-    before = envs.obs_stats.count, envs.obs_stats.mean.copy(), envs.obs_stats.std.copy(), envs.obs.copy()
-    torch_state = torch.get_rng_state()
-    args, sequence = Args(env_id="CartPole-v1", eval_episodes=4), np.random.SeedSequence(5)
-    returns = [evaluate_episodes(agent, envs, to_action, args, sequence, None) for _ in range(2)]
+
+    def state():
+        return [np.copy(x) for stats in envs.stats for x in vars(stats).values()] + [envs.obs.copy(), envs.score.copy()]
+
+    before, torch_state = state(), torch.get_rng_state()
+    args = Args(env_id="CartPole-v1", eval_episodes=4, seed=5)
+    returns = [evaluate_episodes(agent, envs, args, [], None) for _ in range(2)]
     np.testing.assert_array_equal(*returns)
-    after = envs.obs_stats.count, envs.obs_stats.mean, envs.obs_stats.std, envs.obs
-    for one, other in zip(before, after):
+    for one, other in zip(before, state(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert torch.equal(torch_state, torch.get_rng_state())
 
     env = gym.make("CartPole-v1")
-    for expected, seed in zip(returns[0], sequence.generate_state(4), strict=True):
+    for expected, seed in zip(returns[0], np.random.default_rng([5, 0, 4]).integers(2**31, size=4), strict=True):
         (obs, _), score, over = env.reset(seed=int(seed)), 0, False
         while not over:
             normalized = (obs - envs.obs_stats.mean) / envs.obs_stats.std
@@ -249,24 +250,61 @@ def test_an_evaluation_is_repeatable_and_changes_nothing(cartpole):
     assert len(set(returns[0])) > 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- noise
+# ----------------------------------------------------------------------------------------------- unusual environments
 
 
-def test_reward_noise():
-    """Gaussian, mean 0, standard deviation as given; the same for the same generator; rewards stay float32."""
-    reward = np.linspace(-10, 10, 200_000, dtype=np.float32).reshape(-1, 2)
-    clean = reward.copy()
-    noisy = add_noise(reward, 0.5, np.random.default_rng(0))
-    noise = (noisy - reward).astype(float)
-    assert abs(noise.mean()) < 5 * 0.5 / np.sqrt(noise.size)
-    assert noise.std() == pytest.approx(0.5, rel=0.01)
-    assert np.mean(np.abs(noise) < 0.5) == pytest.approx(0.6827, abs=0.005)
-    assert abs(np.corrcoef(noise.T)[0, 1]) < 0.02
-    assert noisy.dtype == np.float32 and noisy.shape == reward.shape
-    np.testing.assert_array_equal(reward, clean)
-    np.testing.assert_array_equal(noisy, add_noise(reward, 0.5, np.random.default_rng(0)))
+class Unusual(gym.Env):
+    """Observations of any shape, rewards that are arrays with one number; the 25th of an episode is not finite."""
+
+    action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+    def __init__(self, observation_space, last_reward):
+        self.observation_space, self.last_reward = observation_space, last_reward
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert action in self.action_space
+        self.steps += 1
+        reward = np.array([self.steps if self.steps < 25 else self.last_reward])
+        return self.observation_space.sample(), reward, False, self.steps == 25, {}
 
 
-@given(hnp.arrays(np.float32, (7, 2), elements=st.floats(-10, 10, width=32)))
-def test_no_reward_noise(reward):
-    np.testing.assert_array_equal(add_noise(reward, 0.0, np.random.default_rng(0)), reward)
+MATRIX = gym.spaces.Box(-1, 1, (2, 3))
+DICT = gym.spaces.Dict(position=MATRIX, gear=gym.spaces.Discrete(3))
+for name, kwargs in {
+    "Matrix": dict(observation_space=MATRIX, last_reward=25.0),
+    "Dict": dict(observation_space=DICT, last_reward=25.0),
+    "NaN": dict(observation_space=MATRIX, last_reward=np.nan),
+}.items():
+    gym.register(f"test/{name}-v0", Unusual, disable_env_checker=True, kwargs=kwargs)
+
+SMALL = dict(total_timesteps=64, num_steps=32, num_minibatches=2, update_epochs=2, eval_episodes=2, cuda=False)
+
+
+@pytest.mark.parametrize("name, size", [("Matrix", 6), ("Dict", 9)])
+def test_observations_become_vectors_and_rewards_numbers(name, size, tmp_path, monkeypatch, capsys):
+    args = Args(env_id=f"test/{name}-v0", **SMALL)
+    envs, space = Environments(args, SEEDS), gym.make(args.env_id).observation_space
+    assert envs.obs.shape == (2, size)
+    for _ in range(24):
+        envs.step(np.zeros((2, 2, 2), np.float32))
+    np.testing.assert_array_equal(envs.score, sum(range(25)))
+    raw = []
+    for seed in SEEDS:
+        space.seed(int(seed))
+        raw += [gym.spaces.flatten(space, space.sample()) for _ in range(25)]
+    np.testing.assert_allclose(envs.obs_stats.mean, np.mean(raw, axis=0), rtol=1e-5, atol=1e-6)
+    validate(args)
+    monkeypatch.chdir(tmp_path)
+    main(args)
+    assert f"score at 64 steps: {sum(range(26)):.2f} ± 0.00" in capsys.readouterr().out
+
+
+def test_rewards_that_are_not_finite_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FloatingPointError, match=r"rollout\.rewards\.mean\(\)=\S*nan"):
+        main(Args(env_id="test/NaN-v0", **SMALL))

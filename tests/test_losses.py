@@ -1,4 +1,4 @@
-"""The symmetric loss: value and gradient against the formulas, and what its gradient is said to be."""
+"""The losses: value and gradient against the formulas. What follows from them is in test_loss_facts.py."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sppo_atari import mean_weight, symmetric_ppo_loss
+from ppo_baseline import ppo_loss
+from sa2c_atari import symmetric_a2c_loss
+from sppo_atari import symmetric_ppo_loss
 
 FORMS = pytest.mark.parametrize("importance_weighted", [True, False])
 COEFFICIENTS = st.tuples(st.floats(0, 2), st.floats(0, 20), st.floats(-4, -0.1))  # α, β, Z
@@ -95,55 +97,33 @@ def test_float32_neither_overflows_nor_loses_the_gradient(joint, dimensions, imp
 
 
 @FORMS
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @given(batches())
-def test_alpha_1_beta_0_is_ppo(importance_weighted, batch):
-    logprob, old_logprob, advantage, clip_coef = batch
-    values, gradients = torch_loss(logprob, old_logprob, advantage, 1.0, 0.0, -1.0, clip_coef, importance_weighted)
-
+def test_alpha_1_beta_0_is_the_baselines_loss_bit_for_bit(importance_weighted, dtype, batch):
+    *batch, clip_coef = batch
+    logprob, old_logprob, advantage = (x.astype(dtype) for x in batch)
+    context = (1.0, 0.0, -1.0, clip_coef, importance_weighted)
+    values, gradients = torch_loss(logprob, old_logprob, advantage, *context)
     logprob = torch.tensor(logprob, requires_grad=True)
-    advantage = torch.tensor(advantage)
-    ratio = torch.exp(logprob.sum(1) - torch.tensor(old_logprob).sum(1))
-    ppo = torch.max(-advantage * ratio, -advantage * torch.clamp(ratio, 1 - clip_coef, 1 + clip_coef)).mean()
+    ppo = ppo_loss(logprob, torch.tensor(old_logprob), torch.tensor(advantage), clip_coef)
     assert values[0] == ppo.item()
     np.testing.assert_array_equal(gradients[0], torch.autograd.grad(ppo, logprob)[0].numpy())
 
 
-@given(batches(), COEFFICIENTS)
-def test_importance_weighted_gradient_is_a_multiple_of_ppos(batch, coefficients):
-    logprob, old_logprob, advantage, clip_coef = batch
-    alpha, beta, Z = coefficients
-    _, (loss, forward, reverse) = torch_loss(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, True)
-    np.testing.assert_allclose(reverse, abs(Z) * forward, rtol=1e-11, atol=1e-14)
-    np.testing.assert_allclose(loss, (alpha + beta * abs(Z)) * forward, rtol=1e-11, atol=1e-14)
+@given(hnp.arrays(float, (2, 8), elements=st.floats(0, 1)), COEFFICIENTS)
+def test_a2c_value_and_gradient_in_float64(draws, coefficients):
+    logprob, advantage = -50 * draws[0], 6 * draws[1] - 3
+    tensor = torch.tensor(logprob, requires_grad=True)
+    loss, *terms = symmetric_a2c_loss(tensor, torch.tensor(advantage), *coefficients)
+    *expected, gradient = textbook.symmetric_a2c(logprob, advantage, *coefficients)
+    for term, samples in zip(terms, expected):
+        np.testing.assert_allclose(term.item(), samples.mean(), rtol=1e-12, atol=1e-11 * np.abs(advantage).max())
+    np.testing.assert_allclose(torch.autograd.grad(loss, tensor)[0], gradient, rtol=1e-12, atol=1e-300)
+    assert loss == coefficients[0] * terms[0] + coefficients[1] * terms[1]
 
 
-@given(batches(dimensions=(1,)), COEFFICIENTS)
-def test_plain_gradient_is_that_of_ppo_with_weighted_advantages(batch, coefficients):
-    logprob, old_logprob, advantage, clip_coef = batch
-    alpha, beta, Z = coefficients
-    _, (symmetric, _, _) = torch_loss(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, False)
-    weighted = advantage * (alpha + beta * abs(Z) * np.exp(old_logprob[:, 0]))
-    _, (ppo, _, _) = torch_loss(logprob, old_logprob, weighted, 1.0, 0.0, Z, clip_coef, False)
-    np.testing.assert_allclose(symmetric, ppo, rtol=1e-11, atol=1e-14)
-
-
-@FORMS
-@given(batches())
-def test_only_the_product_of_beta_and_Z_matters(importance_weighted, batch):
-    *batch, clip_coef = batch
-    (loss, _, _), (gradient, _, _) = torch_loss(*batch, 0.5, 2.0, -1.0, clip_coef, importance_weighted)
-    (same, _, _), (same_gradient, _, _) = torch_loss(*batch, 0.5, 1.0, -2.0, clip_coef, importance_weighted)
-    assert loss == same
-    np.testing.assert_array_equal(gradient, same_gradient)
-
-
-@given(batches(), COEFFICIENTS)
-def test_mean_weight(batch, coefficients):
-    _, old_logprob, _, _ = batch
-    alpha, beta, Z = coefficients
-    pi = np.exp(old_logprob)
-    weights = [alpha + beta * abs(Z) * (sum(row) / len(row)) / len(row) for row in pi]
-    plain = mean_weight(torch.tensor(old_logprob), alpha, beta, Z, importance_weighted=False)
-    weighted = mean_weight(torch.tensor(old_logprob), alpha, beta, Z, importance_weighted=True)
-    assert plain == pytest.approx(np.mean(weights), rel=1e-12)
-    assert weighted == pytest.approx(alpha + beta * abs(Z), rel=1e-12)
+def test_a2c_stays_finite_in_float32():
+    logprob = torch.tensor([-1e4, -200.0, -1e-8, 0.0], requires_grad=True)
+    loss, _, _ = symmetric_a2c_loss(logprob, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.5, 20.0, -1.0)
+    loss.backward()
+    assert loss.isfinite() and logprob.grad.isfinite().all()

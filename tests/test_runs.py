@@ -1,11 +1,13 @@
-"""Whole runs of the script as a user starts them: what they leave behind, and that they can be repeated."""
+"""Whole runs of the four scripts as a user starts them: what they leave behind, and that they can be repeated."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,51 +17,221 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ppo_baseline
+import sa2c_atari
 import sppo_atari
-from sppo_atari import Args, AtariAgent
+import sppo_continuous
 
 ROOT = Path(__file__).parent.parent
-BATCH, TOTAL = 640, 1280
-SHORT = f"--num-envs 4 --num-steps {BATCH // 4} --total-timesteps {TOTAL} --update-epochs 1 --no-cuda --torch-threads 1"
-FLAGS = {
-    "plain": "--eval-episodes 1",
-    "again": "--eval-episodes 1",
-    "evaluated in between": f"--eval-episodes 1 --eval-interval {BATCH}",
-    "other seed": "--eval-episodes 1 --seed 2",
-    "everything": "--eval-episodes 2 --capture-video --reward-noise 0.1 --advantage-noise 0.1",
+BATCH, LAST = 512, 1024  # two iterations; 1,100 steps are asked for
+SHORT = "--total-timesteps 1100 --eval-episodes 1 --no-cuda --torch-threads 1"
+GAMES = f"--env-id ALE/Breakout-v5 --num-envs 4 --num-steps 128 {SHORT}"
+TASKS = f"--num-envs 2 --num-steps 256 --num-minibatches 4 --update-epochs 2 {SHORT}"
+NOISE = "--reward-noise 0.1 --advantage-noise 0.1"
+WATCHED = "--eval-interval 500 --capture-video"  # due at 512 and 1,024 steps
+COMMANDS = {
+    "sppo": f"sppo_atari.py {GAMES} --update-epochs 1",
+    "sppo, watched": f"sppo_atari.py {GAMES} --update-epochs 1 {WATCHED}",
+    "sppo, noisy": f"sppo_atari.py {GAMES} --update-epochs 1 {NOISE} --survival-bonus 0.125",
+    "sppo, other seed": f"sppo_atari.py {GAMES} --update-epochs 1 --seed 2",
+    "sa2c": f"sa2c_atari.py {GAMES} {NOISE} --log-interval 1",
+    "sa2c, watched": f"sa2c_atari.py {GAMES} {NOISE} --log-interval 2 --eval-interval 500",
+    "pole": f"sppo_continuous.py --env-id CartPole-v1 {TASKS}",
+    "pole, watched": f"sppo_continuous.py --env-id CartPole-v1 {TASKS} {WATCHED}",
+    "hopper": f"sppo_continuous.py --env-id Hopper-v5 {TASKS} {NOISE}",
+    "baseline, bins": f"ppo_baseline.py --env-id Hopper-v5 --policy discretized --pg-coef 20.5 {TASKS}",
+    "baseline, Gaussian": f"ppo_baseline.py --env-id Hopper-v5 {TASKS} {NOISE}",
+    "baseline, game": f"ppo_baseline.py {GAMES} --update-epochs 1 {NOISE} --survival-bonus 0.125 --no-anneal-lr",
 }
-TAGS = """
-    charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate
-    losses/value_loss losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac
-    losses/explained_variance losses/forward_loss losses/reverse_loss losses/mean_weight losses/grad_norm
-    advantage/sign_flips_normalization advantage/sign_flips_noise eval/episodic_return
-""".split()
+ALL = pytest.mark.parametrize("name", COMMANDS)
+SCRIPTS = pytest.mark.parametrize("script", [sppo_atari, sppo_continuous, sa2c_atari, ppo_baseline])
+
+EVERYWHERE = set("""
+    charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate eval/episodic_return
+    losses/value_loss losses/policy_loss losses/forward_loss losses/entropy losses/explained_variance losses/mean_weight
+    losses/grad_norm advantage/sign_flips_normalization advantage/sign_flips_noise
+""".split())
+PPO, SYMMETRIC = {"losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac"}, {"losses/reverse_loss"}
+TAGS = {
+    sppo_atari: EVERYWHERE | PPO | SYMMETRIC,
+    sppo_continuous: EVERYWHERE | PPO | SYMMETRIC,
+    sa2c_atari: EVERYWHERE | SYMMETRIC,
+    ppo_baseline: EVERYWHERE | PPO,
+}
 
 
 class Run(NamedTuple):
     process: subprocess.CompletedProcess
     folder: Path
-    scalars: dict[str, list[tuple[int, float]]]
-    text: str  # the hyperparameters
+    points: dict[str, list[tuple[int, float]]]  # (step, value), by tag
+    flags: dict[str, str]  # the hyperparameter table
+
+    def values(self, tag):
+        return np.array([value for _, value in self.points[tag]])
+
+    def steps(self, tag):
+        return [step for step, _ in self.points[tag]]
 
 
-def train(folder: Path, flags: str) -> Run:
-    command = [sys.executable, ROOT / "sppo_atari.py", *SHORT.split(), *flags.split()]
+def train(folder: Path, command: str) -> Run:
+    script, *flags = command.split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, ROOT / script, *flags], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr
     (run,) = (folder / "runs").iterdir()
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    scalars = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    points = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     (text,) = events.Tensors("hyperparameters/text_summary")
-    return Run(process, run, scalars, text.tensor_proto.string_val[0].decode())
+    rows = text.tensor_proto.string_val[0].decode().splitlines()[2:]
+    return Run(process, run, points, dict(row.strip("|").split("|") for row in rows))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("run") for _ in COMMANDS]
     with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(train, tmp_path_factory.mktemp("run"), flags) for name, flags in FLAGS.items()}
-    return {name: future.result() for name, future in futures.items()}
+        return dict(zip(COMMANDS, pool.map(train, folders, COMMANDS.values())))
+
+
+def script_of(name):
+    return {"sppo": sppo_atari, "sa2c": sa2c_atari, "baseline": ppo_baseline}.get(name.split(",")[0], sppo_continuous)
+
+
+def learning(run):
+    """All that was logged but the speed and the evaluations."""
+    return {tag: points for tag, points in run.points.items() if tag not in ("charts/SPS", "eval/episodic_return")}
+
+
+# ------------------------------------------------------------------------------------------------------- what is logged
+
+
+@ALL
+def test_everything_is_logged(runs, name):
+    run = runs[name]
+    assert set(run.points) == TAGS[script_of(name)]
+    for tag in run.points:
+        assert np.isfinite(run.values(tag)).all()
+        if not tag.startswith(("charts/episodic", "eval/")):
+            assert run.steps(tag) == ([LAST] if name == "sa2c, watched" else [BATCH, LAST])
+    assert run.steps("eval/episodic_return") == ([BATCH + 1, LAST + 1] if "watched" in name else [LAST + 1])
+    first_over, length = run.points["charts/episodic_length"][0]
+    assert first_over == int(run.flags["num_envs"]) * length  # the first to end began with the run
+
+
+@ALL
+def test_the_policy_loss_is_made_of_its_terms(runs, name):
+    run, script = runs[name], script_of(name)
+    forward, mean_weight = run.values("losses/forward_loss"), run.values("losses/mean_weight")
+    if script is ppo_baseline:
+        expected, weight = float(run.flags["pg_coef"]) * forward, float(run.flags["pg_coef"])
+    else:
+        alpha, beta = float(run.flags["alpha"]), float(run.flags["beta"])
+        expected, weight = alpha * forward + beta * run.values("losses/reverse_loss"), alpha + beta
+    np.testing.assert_allclose(run.values("losses/policy_loss"), expected, rtol=1e-4, atol=1e-6)
+    if script is sa2c_atari:  # the mean of α + β|Z|π
+        assert ((alpha < mean_weight) & (mean_weight < weight)).all()
+    else:
+        np.testing.assert_allclose(mean_weight, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, entropy",
+    [
+        ("sppo", math.log(4)),
+        ("pole", math.log(2)),
+        ("hopper", 3 * math.log(11)),
+        ("baseline, Gaussian", 1.5 * math.log(2 * math.pi * math.e)),
+    ],
+)
+def test_the_first_policy_is_close_to_uniform_or_standard_normal(runs, name, entropy):
+    assert runs[name].values("losses/entropy")[0] == pytest.approx(entropy, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "clean, noisy",
+    [("sppo", "sppo, noisy"), ("sppo", "sa2c"), ("sppo", "baseline, game"), ("baseline, bins", "hopper")],
+)
+def test_the_noise_is_seen_in_the_advantages_and_never_in_the_reported_returns(runs, clean, noisy):
+    """Up to the first update all scripts play the very same episodes, and report them without the noise."""
+    clean, noisy = runs[clean], runs[noisy]
+    flips = noisy.values("advantage/sign_flips_noise")
+    assert ((0 < flips) & (flips < 1)).all() and (clean.values("advantage/sign_flips_noise") == 0).all()
+    for tag in ("charts/episodic_return", "charts/episodic_length"):
+        first, noisy_first = ([point for point in run.points[tag] if point[0] <= BATCH] for run in (clean, noisy))
+        assert first == noisy_first and first
+    assert clean.values("losses/value_loss")[0] != noisy.values("losses/value_loss")[0]
+
+
+@pytest.mark.parametrize("name", ["sppo", "pole"])
+def test_one_seed_gives_one_run_however_often_it_is_evaluated(runs, name):
+    plain, watched = runs[name], runs[f"{name}, watched"]
+    assert learning(plain) == learning(watched)
+    assert plain.points["eval/episodic_return"] == watched.points["eval/episodic_return"][1:]
+
+
+def test_another_seed_gives_another_run(runs):
+    one, other = learning(runs["sppo"]), learning(runs["sppo, other seed"])
+    assert all(one[tag] != other[tag] for tag in ("losses/policy_loss", "losses/entropy", "charts/episodic_length"))
+
+
+def test_sa2c_logs_means_over_the_log_interval(runs):
+    each, both = runs["sa2c"], runs["sa2c, watched"]
+    for tag in learning(both):
+        if tag.startswith("charts/episodic"):
+            assert both.points[tag] == each.points[tag]
+        else:
+            np.testing.assert_allclose(both.values(tag), each.values(tag).mean(), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ what is written
+
+
+@ALL
+def test_the_folder_is_named_after_the_run(runs, name):
+    run = runs[name]
+    env_id, script, seed, started = run.folder.name.split("__")
+    assert (env_id, seed) == (run.flags["env_id"].replace("/", "-"), run.flags["seed"])
+    assert script == script_of(name).__name__ and 0 <= time.time() - int(started) < 3600
+
+
+@ALL
+def test_the_output_is_short_and_ends_with_the_score(runs, name):
+    """And with one score per evaluation: the last is the final one."""
+    run = runs[name]
+    first, *scores = run.process.stdout.splitlines()
+    assert first.split() == [f"runs/{run.folder.name}", "on", "cpu"]
+    evaluations = [(step - 1, value) for step, value in run.points["eval/episodic_return"]]
+    assert scores == [f"score at {step} steps: {value:.2f} ± 0.00 (1 episodes)" for step, value in evaluations]
+    assert f"{LAST}/{LAST} [" in run.process.stderr and "Warning" not in run.process.stderr
+
+
+@ALL
+def test_the_hyperparameter_table_shows_the_flags(runs, name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", COMMANDS[name].split())
+    args, _ = script_of(name).read_flags()
+    assert runs[name].flags == {flag: str(value) for flag, value in vars(args).items()}
+
+
+@ALL
+def test_the_checkpoint_loads_safely_and_holds_the_policy_that_was_scored(runs, name):
+    run, script = runs[name], script_of(name)
+    saved = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+    args = replace(script.Args(**saved["args"]), capture_video=False)
+    assert saved["iteration"] == 2 and {key: str(value) for key, value in saved["args"].items()} == run.flags
+    if "ALE" in args.env_id:
+        agent = script.AtariAgent(4)
+        evaluate, evaluated = script.evaluate_games, (agent,)
+    else:
+        envs = script.Environments(args, np.array([0]))
+        for stats, values in zip(envs.stats, saved["stats"]):
+            vars(stats).update({key: value.numpy() for key, value in values.items()})
+        size, space = envs.obs.shape[1], envs.envs[0].action_space
+        agent = script.GaussianAgent(size, space) if "Gaussian" in name else script.BinnedAgent(size, space, 11)
+        evaluate, evaluated = script.evaluate_episodes, (agent, envs)
+    agent.load_state_dict(saved["agent"])
+    assert evaluate(*evaluated, args, [], None) == pytest.approx(run.values("eval/episodic_return")[-1], rel=1e-6)
 
 
 def read_video(path):
@@ -67,125 +239,35 @@ def read_video(path):
     return np.stack([frame for frame in imageio.get_reader(path)]).astype(int)  # list() would ask for its length
 
 
-def learning(run):
-    """All that was logged but the speed and the evaluations."""
-    return {tag: points for tag, points in run.scalars.items() if tag != "charts/SPS" and not tag.startswith("eval/")}
-
-
-def test_one_seed_gives_one_run(runs):
-    assert learning(runs["plain"]) == learning(runs["again"])
-    assert runs["plain"].scalars["eval/episodic_return"] == runs["again"].scalars["eval/episodic_return"]
-
-
-def test_evaluations_do_not_disturb_learning(runs):
-    plain, evaluated = runs["plain"], runs["evaluated in between"]
-    assert learning(plain) == learning(evaluated)
-    assert [step for step, _ in evaluated.scalars["eval/episodic_return"]] == [BATCH, TOTAL]
-    assert evaluated.scalars["eval/episodic_return"][-1:] == plain.scalars["eval/episodic_return"]
-
-
-def test_another_seed_gives_another_run(runs):
-    one, other = (learning(runs[name]) for name in ("plain", "other seed"))
-    assert all(one[tag] != other[tag] for tag in ("losses/policy_loss", "losses/entropy", "charts/episodic_length"))
-
-
-def test_noise_changes_what_is_learned_and_not_what_is_reported(runs):
-    """Up to the first update the very same games are played; their scores are reported without the noise."""
-    for tag in ("charts/episodic_return", "charts/episodic_length"):
-        first, noisy = ([p for p in runs[name].scalars[tag] if p[0] <= BATCH] for name in ("plain", "everything"))
-        assert first == noisy and first
-    assert learning(runs["plain"])["losses/value_loss"] != learning(runs["everything"])["losses/value_loss"]
-    assert all(value == 0 for _, value in runs["plain"].scalars["advantage/sign_flips_noise"])
-    assert all(0 < value < 1 for _, value in runs["everything"].scalars["advantage/sign_flips_noise"])
-
-
-def test_the_folder_is_named_after_the_run(runs):
-    for name, seed in (("everything", "1"), ("other seed", "2")):
-        env_id, script, run_seed, started = runs[name].folder.name.split("__")
-        assert (env_id, script, run_seed) == ("ALE-Breakout-v5", "sppo_atari", seed)
-        assert 0 <= time.time() - int(started) < 3600
-
-
-def test_everything_is_logged(runs):
-    scalars = runs["everything"].scalars
-    assert set(TAGS) <= set(scalars)
-    assert all(np.isfinite(value) for points in scalars.values() for _, value in points)
-    for tag in TAGS:
-        if not tag.startswith(("charts/episodic", "eval/")):
-            assert [step for step, _ in scalars[tag]] == [BATCH, TOTAL]
-    assert [step for step, _ in scalars["eval/episodic_return"]] == [TOTAL]
-    for name, value in vars(Args(reward_noise=0.1, total_timesteps=TOTAL, capture_video=True, seed=1)).items():
-        assert f"|{name}|" in runs["everything"].text
-        if name in ("reward_noise", "total_timesteps", "capture_video", "seed", "Z"):
-            assert f"|{name}|{value}|" in runs["everything"].text
-
-
-def test_what_is_logged_is_right(runs):
-    scalars = {tag: np.array(points) for tag, points in runs["everything"].scalars.items()}
-    policy, forward, reverse = (scalars[f"losses/{name}_loss"][:, 1] for name in ("policy", "forward", "reverse"))
-    np.testing.assert_allclose(policy, Args.alpha * forward + Args.beta * reverse, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(scalars["charts/learning_rate"][:, 1], [2.5e-4, 1.25e-4], rtol=1e-6)
-    np.testing.assert_allclose(scalars["losses/mean_weight"][:, 1], 1.5, rtol=1e-6)
-    assert np.log(4) - 0.1 < scalars["losses/entropy"][0, 1] <= np.log(4) + 1e-6  # a fresh policy over 4 actions
-    first_over, length = scalars["charts/episodic_length"][0]
-    assert first_over == 4 * length  # the first game to end began with the run
-
-
-def test_the_output_is_short(runs):
-    """Without a terminal: no progress bar, and no warning."""
-    process, folder, scalars, _ = runs["everything"]
-    first, progress, result = process.stdout.splitlines()
-    assert process.stderr == "" and "\r" not in process.stdout
-    assert f"runs/{folder.name}" in first and str(TOTAL) in progress
-    assert f"{scalars['eval/episodic_return'][0][1]:.2f}" in result
-
-
-def test_the_model_loads_safely(runs):
-    saved = torch.load(runs["everything"].folder / "model.pt", weights_only=True)
-    agent = AtariAgent(4)
-    agent.load_state_dict(saved["agent"])
-    fresh = AtariAgent(4)
-    assert not torch.equal(agent.value.weight, fresh.value.weight)
-
-
-def test_the_video_plays(runs):
-    (video,) = (runs["everything"].folder / "videos").iterdir()
-    assert video.name == f"{TOTAL}.mp4"
-    frames = read_video(video)
-    assert len(frames) > 100 and frames.shape[1:] == (210, 160, 3)
-    assert len(np.unique(frames, axis=0)) > 50
-    assert np.abs(frames[..., 0] - frames[..., 2]).max() > 100  # Breakout's bricks are coloured
+@pytest.mark.parametrize("name, size", [("sppo, watched", (336, 336)), ("pole, watched", (400, 608))])
+def test_the_videos_play(runs, name, size):
+    videos = {int(video.stem): read_video(video) for video in runs[name].folder.glob("*.mp4")}
+    assert set(videos) == {0, BATCH, LAST} and len(videos[0]) == 1
+    assert all(frames.shape[1:] == (*size, 3) for frames in videos.values())
+    assert all((frames[-1] != frames[0]).any() for step, frames in videos.items() if step)
+    if name == "pole, watched":  # a frame and a reward of 1 per step
+        lengths = [len(videos[step]) for step in (BATCH, LAST)]
+        assert lengths == runs[name].values("eval/episodic_return").tolist()
 
 
 def test_the_video_shows_the_game_that_was_scored(tmp_path, monkeypatch):
-    """Games are looked at through the two environments of an evaluation, the games in grey and the first in colour."""
-    logs, make_games = [], sppo_atari.make_games
+    step, seen = sppo_atari.Games.step, []
 
-    def watched(*args, **options):
-        env, log = make_games(*args, **options), []
-        step = env.step
-        env.step = lambda action: log.append(step(action)) or log[-1]
-        logs.append(log)
-        return env
+    def watched(self, action):
+        obs, result = self.obs[0, :, :, -1], step(self, action)
+        seen.append((obs, self.over.copy(), self.score.copy()))
+        return result
 
-    monkeypatch.setattr(sppo_atari, "make_games", watched)
+    monkeypatch.setattr(sppo_atari.Games, "step", watched)
     torch.manual_seed(0)
-    video = tmp_path / "videos" / "game.mp4"
-    sequence = np.random.SeedSequence(2)
-    scores = sppo_atari.evaluate_games(AtariAgent(4), Args(eval_episodes=3), sequence, video)
-
-    (_, grey, _, _, infos), (obs, colour, *_) = (list(zip(*log)) for log in logs)
-    grey, lives = np.stack(grey), np.stack([info["lives"] for info in infos])
-    colour = np.stack(colour)
-    lengths = (np.diff(lives, axis=0) > 0).argmax(0) + 2  # a new game has all lives again
-    np.testing.assert_array_equal(scores, [grey[:length, i].sum() for i, length in enumerate(lengths)])
-    np.testing.assert_array_equal(colour[:, 0], grey[: lengths[0], 0])
-    assert len(set(scores)) > 1 and scores[0] > 0
-
-    frames = read_video(video)
-    assert len(frames) == lengths[0]
-    played = np.stack(obs)[:-1, 0, 0]  # after the last step it shows the next game
-    assert np.abs(frames[1:] - played).mean() < 4  # compression
+    args = sppo_atari.Args(eval_episodes=3, capture_video=True)
+    scores = sppo_atari.evaluate_games(sppo_atari.AtariAgent(4), args, [], tmp_path / "game.mp4")
+    obs, over, score = map(np.stack, zip(*seen))
+    np.testing.assert_array_equal(scores, score[over.argmax(0), range(3)])
+    assert len(set(scores)) > 1
+    frames = read_video(tmp_path / "game.mp4")
+    assert len(frames) == over.argmax(0)[0] + 1
+    assert np.abs(frames[:, ::4, ::4, 0] - obs[: len(frames)]).mean() < 4  # compression
 
 
 def test_the_first_game_of_each_environment_is_the_score(monkeypatch):
@@ -199,6 +281,81 @@ def test_the_first_game_of_each_environment_is_the_score(monkeypatch):
         return result
 
     monkeypatch.setattr(sppo_atari.Games, "step", end_soon)
-    args, sequence = Args(eval_episodes=2), np.random.SeedSequence(0)
-    first, second = sppo_atari.evaluate_games(AtariAgent(4), args, sequence, video=None)
+    args = sppo_atari.Args(eval_episodes=2)
+    first, second = sppo_atari.evaluate_games(sppo_atari.AtariAgent(4), args, [], None)
     assert first < 1000 and second == 1000 and next(scores) > 1010
+
+
+# ------------------------------------------------------------------------------------------------ what happens within
+
+
+def run_within(script, tmp_path, monkeypatch, **settings):
+    """Four iterations of 32 steps; settings that the script does not have are left out. Its flags."""
+    monkeypatch.chdir(tmp_path)
+    settings |= dict(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, total_timesteps=128, eval_episodes=1,
+                     cuda=False, torch_threads=1)  # fmt: skip
+    settings |= dict(env_id="ALE/Breakout-v5" if "atari" in script.__name__ else "CartPole-v1")
+    args = script.Args(**{flag: value for flag, value in settings.items() if hasattr(script.Args, flag)})
+    script.main(args)
+    return args
+
+
+@SCRIPTS
+@pytest.mark.parametrize("anneal", [True, False])
+def test_schedules_fall_linearly(script, anneal, tmp_path, monkeypatch):
+    """Of learning rate and clip range, to 1/4 in the last of four iterations; sa2c_atari.py has no clip range."""
+    seen, update = [], script.update
+
+    def spy(agent, optimizer, batch, samples, clip_coef, *rest):
+        seen.append((optimizer.param_groups[0]["lr"], clip_coef))
+        return update(agent, optimizer, batch, samples, clip_coef, *rest)
+
+    monkeypatch.setattr(script, "update", spy)
+    args = run_within(script, tmp_path, monkeypatch, anneal_lr=anneal, anneal_clip=anneal)
+    remaining = np.array([1, 3 / 4, 2 / 4, 1 / 4]) if anneal else np.ones(4)
+    rates, clips = zip(*seen)
+    np.testing.assert_allclose(rates, args.learning_rate * remaining)
+    if script is not sa2c_atari:
+        np.testing.assert_allclose(clips, args.clip_coef * remaining, rtol=1e-6)
+
+
+@pytest.mark.parametrize("script", [sppo_atari, sa2c_atari, ppo_baseline])
+def test_the_survival_bonus_is_added_to_every_reward_that_the_learner_sees(script, tmp_path, monkeypatch):
+    seen, gae = [], script.gae
+    monkeypatch.setattr(script, "gae", lambda rewards, *rest: seen.append(rewards.copy()) or gae(rewards, *rest))
+    run_within(script, tmp_path, monkeypatch, survival_bonus=0.125)
+    assert len(seen) == 2 * 4
+    for learned, clean in zip(seen[::2], seen[1::2]):
+        np.testing.assert_array_equal(learned, clean + np.float32(0.125))
+        assert learned.dtype == np.float32
+
+
+# ---------------------------------------------------------------------------------------------- the baseline's defaults
+
+
+@pytest.mark.parametrize(
+    "flags, sibling",
+    [
+        ("--env-id ALE/Breakout-v5", sppo_atari),
+        ("--seed 1 --env-id=BreakoutNoFrameskip-v4", sppo_atari),
+        ("--env-id CartPole-v1", sppo_continuous),
+        ("", sppo_continuous),
+    ],
+)
+def test_the_baselines_defaults_are_those_of_the_sibling(flags, sibling, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ppo_baseline.py", *flags.split()])
+    args, _ = ppo_baseline.read_flags()
+    shared = {flag: value for flag, value in vars(sibling.Args()).items() if hasattr(args, flag) and flag != "env_id"}
+    assert len(shared) > 25 and {flag: getattr(args, flag) for flag in shared} == shared
+    assert args.env_id == (flags.replace("=", " ").split() or ["Hopper-v5"])[-1]
+    sys.argv.append("--help")
+    with pytest.raises(SystemExit) as end:
+        ppo_baseline.read_flags()
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(f"(default: {shared[flag]})" in text for flag in ("learning_rate", "total_timesteps", "num_steps"))
+
+
+def test_a_schedule_of_the_baseline_can_be_switched_off(runs):
+    np.testing.assert_allclose(runs["sppo"].values("charts/learning_rate"), [2.5e-4, 1.25e-4], rtol=1e-6)
+    np.testing.assert_allclose(runs["baseline, game"].values("charts/learning_rate"), [2.5e-4, 2.5e-4], rtol=1e-6)

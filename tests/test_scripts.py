@@ -84,7 +84,7 @@ def test_what_the_mains_have_in_common_is_the_same_text(one, other, first, last)
 
 def test_sa2c_differs_from_sppo_where_the_algorithms_do():
     lines = [set(filter(None, map(str.strip, TEXTS[script].splitlines()))) for script in ("sppo_atari", "sa2c_atari")]
-    assert len(lines[0] - lines[1]) < 90 and len(lines[1] - lines[0]) < 80
+    assert len(lines[0] - lines[1]) < 100 and len(lines[1] - lines[0]) < 90
 
 
 @PAIRS

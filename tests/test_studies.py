@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import study_report
@@ -18,7 +19,7 @@ from scipy import stats
 from study import steps_so_far
 from study_file import STUDIES, StudyError, load
 from study_report import Results, bootstrap, contrast, coverage, improvement, iqm_contrast, iqms, spread, verdict
-from study_results import mean_weights, scalars
+from study_results import mean_weights, play_uniformly, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -33,7 +34,6 @@ class Args:
     checkpoints: bool = True
     breaks: bool = False
     dies: int = 0
-    logs: bool = False
     pause: float = 0
     beta: float = 0
 
@@ -56,26 +56,20 @@ tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 while step < total:
     time.sleep(float(flags.get("--pause", 0)))
     step += 10
-    print(f"{step} steps, 100 SPS, 0 min left, return 1.0", flush=True)
+    print(f"\\r 50%|##   | {step}/{total} [00:00<00:00, 100 steps/s]", end="", file=sys.stderr, flush=True)
     if flags.get("--checkpoints") == "True":
         (run / "checkpoint.pt").write_text(f"{total} {step}")
-    if step == total // 2 and flags.get("--breaks") == "True":
-        sys.exit("it broke")
+    if step == total // 2:
+        print(f"\\rscore at {step} steps: -1.00 ± 0.00 (1 episodes)", flush=True)
+        if flags.get("--breaks") == "True":
+            sys.exit("it broke")
     if step == int(flags.get("--dies", 0)) and len(tries.read_text()) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if stop:
         sys.exit(143)
-print(f"final score at {step} steps: {flags['--seed']}.00 ± 0.00 (1 episodes)", flush=True)
+print(f"\\rscore at {step} steps: {flags['--seed']}.00 ± 0.00 (1 episodes)", flush=True)
 if int(flags.get("--dies", 0)) > total and len(tries.read_text()) == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-if flags.get("--logs") == "True":
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    writer = EventFileWriter(str(run))
-    value = Summary.Value(tag="eval/episodic_return", simple_value=float(flags["--seed"]))
-    writer.add_event(Event(wall_time=0, step=step, summary=Summary(value=[value])))
-    writer.close()
 '''
 
 STUDY = """
@@ -284,7 +278,7 @@ def test_crashed_runs_are_reported_and_the_others_go_on(tmp_path):
     lines = result.stderr.splitlines()
     assert len(lines) == 2 and (folder / "A__E__clean__seed-1/done.json").exists()
     assert "B__E__clean__seed-1: exit status 1: it broke" in lines[0]
-    assert "C__E__clean__seed-1: exit status 2: ppo_baseline.py: --env-id E is not known" in lines[1]
+    assert "C__E__clean__seed-1: exit status 2: ppo_baseline.py: a batch of 2048 steps must" in lines[1]
     assert begun_at(folder / "B__E__clean__seed-1") == [0]  # tried again only by a new `run`
 
 
@@ -321,9 +315,9 @@ def test_a_study_that_is_stopped_continues(tmp_path):
 
 
 def test_a_study_that_is_killed_repeats_nothing(tmp_path):
-    """What it left running is waited for, and what was finished stays."""
+    """What it left running is waited for and only evaluates again, and what was finished stays."""
     text = STUDY.replace("pause = 0.01", "pause = 0.1").replace("seeds = 2", "seeds = 4")
-    path = write_study(tmp_path, text.replace("--checkpoints True", "--checkpoints True --logs True"))
+    path = write_study(tmp_path, text)
     cells = [tmp_path / f"studies/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3, 4)]
     study = subprocess.Popen(command("run", path, "--workers", 1), cwd=tmp_path, stdout=subprocess.DEVNULL)
     wait_for(lambda: list(cells[1].glob("runs/*/checkpoint.pt")))
@@ -332,9 +326,8 @@ def test_a_study_that_is_killed_repeats_nothing(tmp_path):
     finished = (cells[0] / "done.json").stat().st_mtime_ns
     assert call(tmp_path, "run", path, "--workers", 4).returncode == 0
     assert (cells[0] / "done.json").stat().st_mtime_ns == finished
-    assert [begun_at(cell) for cell in cells] == [[0]] * 4
-    record = json.loads((cells[1] / "done.json").read_text())
-    assert record["attempts"] == 1 and record["seconds"] > 0.9  # all of it, although it was only seen to its end
+    assert [begun_at(cell) for cell in cells] == [[0], [0, 100], [0], [0]]
+    assert json.loads((cells[1] / "done.json").read_text())["attempts"] == 2
 
 
 def test_two_calls_share_the_work(tmp_path):
@@ -393,7 +386,7 @@ def test_slurm_prints_a_job_array(tmp_path):
 
 def test_ray_recovers_a_lost_worker_and_stops_cleanly(tmp_path):
     text = STUDY.replace("pause = 0.01", "pause = 0.3").replace("seeds = 2", "seeds = 1") + '"B" = "SCRIPT --pause 2"\n'
-    path = write_study(tmp_path, text.replace("--checkpoints True", "--checkpoints True --logs True"))
+    path = write_study(tmp_path, text)
     lost, stopped = (tmp_path / f"studies/small/{method}__E__clean__seed-1" for method in "AB")
     study = subprocess.Popen(command("run", path, "--ray", "local", "--workers", 2), cwd=tmp_path,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -434,9 +427,8 @@ def test_smoke_survives_and_repeats_nothing(smoke):
     assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and len(before) < 7
     study = load("smoke")
     assert {path.parent.name for path in folder.glob("*/done.json")} == {cell.name for cell in study.cells}
-    for cell in study.cells:
-        log = (folder / cell.name / "log.txt").read_text()
-        assert log.count("[study]") == 1 and len(list((folder / cell.name / "runs").iterdir())) == 1
+    for cell in study.cells:  # `scalars` reads one run
+        assert [step for step, _ in scalars(folder / cell.name)["losses/value_loss"]] == [512, 1024, 1536, 2048]
 
 
 def test_smoke_measures_the_mean_weight_in_its_pilot(smoke):
@@ -460,12 +452,12 @@ def test_smoke_is_collected_as_it_was_logged(smoke):
         cell = folder / f"{method}__CartPole-v1__clean__seed-{row['seed']}"
         (run,) = (cell / "runs").iterdir()
         events = EventAccumulator(str(run)).Reload()
-        logged = [(point.step, point.value) for point in events.Scalars("eval/episodic_return")]
+        logged = [(point.step - 1, point.value) for point in events.Scalars("eval/episodic_return")]
         table = [(int(e["step"]), float(e["score"])) for e in evaluations
                  if all(e[key] == row[key] for key in ("method", "seed", "pilot"))]
         np.testing.assert_allclose(table, logged, rtol=1e-6)
         assert [step for step, _ in table] == [1024, 2048] and float(row["score"]) == table[-1][1]
-        printed = re.search(r"final score at 2048 steps: (\S+)", (cell / "log.txt").read_text())[1]
+        printed = re.search(r"^score at 2048 steps: (\S+)", (cell / "log.txt").read_text(), re.MULTILINE)[1]
         assert float(printed) == pytest.approx(float(row["score"]), abs=0.006)
         for name, tag in (("mean_weight", "losses/mean_weight"),
                           ("flips_normalization", "advantage/sign_flips_normalization")):
@@ -511,17 +503,23 @@ def test_a_study_continues_from_its_tables(smoke, tmp_path):
 
 
 def test_a_real_script_is_resumed(tmp_path):
+    """In an environment of one's own, from a module in this folder."""
+    (tmp_path / "mine.py").write_text(
+        'import gymnasium\ngymnasium.register("Pole-v0", "gymnasium.envs.classic_control:CartPoleEnv", None, 500)\n'
+    )
     text = (STUDIES / "smoke.toml").read_text().split("[pilot]")[0].replace("seeds = 2", "seeds = 1")
     text = "\n".join(line for line in text.splitlines() if not re.match('"(DSPPO|PPO mean)|comparisons', line))
     text = text.replace("--eval-interval 1024", "--checkpoint-interval 512").replace("steps = 2048", "steps = 10240")
     path = tmp_path / "resumed.toml"
-    path.write_text(text)
-    study = subprocess.Popen(command("run", path), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    path.write_text(text.replace("CartPole-v1", "mine:Pole-v0"))
+    here = dict(cwd=tmp_path, stdout=subprocess.DEVNULL, env=os.environ | dict(PYTHONPATH="."))
+    study = subprocess.Popen(command("run", path), **here)
     folder = tmp_path / "studies/resumed"
     wait_for(lambda: list(folder.glob("*/runs/*/checkpoint.pt")))
     study.send_signal(signal.SIGTERM)
     assert study.wait(60) == 143 and not list(folder.glob("*/done.json"))
-    assert call(tmp_path, "run", path).returncode == 0
+    assert subprocess.run(command("run", path), **here).returncode == 0
+    assert subprocess.run(command("collect", path), **here).returncode == 0
     (cell,) = load(str(path)).cells
     record = json.loads((folder / cell.name / "done.json").read_text())
     assert record["attempts"] == 2 and record["steps"] == 10240
@@ -535,6 +533,21 @@ def test_all_points_are_read(tmp_path):
         for step in range(10_500):
             writer.add_scalar("a", step, step)
     assert scalars(tmp_path)["a"] == [(step, step) for step in range(10_500)]
+
+
+class Endless(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+def test_the_uniform_policy_ends_what_does_not_end_by_itself():
+    gym.register("Endless-v0", Endless)
+    assert play_uniformly("Endless-v0", 2) == [100_000] * 2
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

@@ -26,6 +26,13 @@ def symmetric_ppo(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, im
     return forward, reverse, gradient / len(advantage)
 
 
+def symmetric_a2c(logprob, advantage, alpha, beta, Z):
+    """Per sample: forward terms, reverse terms, gradients of the mean loss; d log π = 1, d π = π in log π."""
+    pi = np.exp(logprob)
+    forward, reverse = -advantage * logprob, -advantage * Z * (1 - pi)
+    return forward, reverse, (-alpha * advantage + beta * advantage * Z * pi) / len(advantage)
+
+
 def gae(rewards, values, dones, final_values, next_value, gamma, gae_lambda):
     """A_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode or of the rollout.
 
