@@ -38,7 +38,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-GAMES = {name for name, spec in gym.registry.items() if "game" in spec.kwargs}
+ATARI_IDS = {name for name, spec in gym.registry.items() if "game" in spec.kwargs}
 TAGS = """losses/policy_loss losses/forward_loss losses/value_loss losses/entropy losses/grad_norm
     losses/old_approx_kl losses/approx_kl losses/clipfrac advantage/sign_flips_normalization""".split()
 
@@ -80,22 +80,22 @@ class Args:
     compile: bool = False  # compile the loss and its gradient: faster after half a minute; needs a C++ compiler
     torch_threads: int = 1  # CPU threads of torch; 0: one per core, at most 8
 
-ATARI = dict(total_timesteps=5_000_000, num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4, clip_coef=0.1,
-             learning_rate=2.5e-4, anneal_lr=True, anneal_clip=True, ent_coef=0.01, torch_threads=0)  # fmt: skip
+ATARI_DEFAULTS = dict(total_timesteps=5_000_000, num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4,
+    anneal_lr=True, learning_rate=2.5e-4, anneal_clip=True, clip_coef=0.1, ent_coef=0.01, torch_threads=0)  # fmt: skip
 
 def validate(args: Args) -> None:
     """Raises ValueError for what would quietly train something else; other mistakes fail by themselves and say why."""
     batch_size, minibatch_size = args.num_envs * args.num_steps, args.num_envs * args.num_steps / args.num_minibatches
     if minibatch_size % 1 or args.norm_adv and minibatch_size < 2 or batch_size > args.total_timesteps:
         raise ValueError(f"a batch of {batch_size} steps must divide by --num-minibatches and fit --total-timesteps")
-    probabilities = [args.advantage_noise, args.repeat_action_probability, args.reward_noise * (args.env_id in GAMES)]
-    if min(args.pg_coef, args.reward_noise) < 0 or not all(0 <= p <= 1 for p in probabilities):
+    noises = [args.advantage_noise, args.repeat_action_probability, args.reward_noise * (args.env_id in ATARI_IDS)]
+    if min(args.pg_coef, args.reward_noise) < 0 or not all(0 <= p <= 1 for p in noises):
         raise ValueError("--pg-coef, --reward-noise must be ≥ 0, probabilities of noise and sticky actions in [0, 1]")
     env = make_env(args)
     space, obs_dims = env.action_space, len(env.unwrapped.observation_space.shape or ())
     env.close()
     box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and (space.low > -1e30) & (space.high < 1e30)
-    if obs_dims > 2 and args.env_id not in GAMES or not (isinstance(space, gym.spaces.Discrete) or np.all(box)):
+    if obs_dims > 2 and args.env_id not in ATARI_IDS or not (isinstance(space, gym.spaces.Discrete) or np.all(box)):
         raise ValueError(f"--env-id {args.env_id} shows images, or {space} is not Discrete or of finite, real bounds")
 
 class Games:
@@ -377,7 +377,7 @@ def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, rng: np.ran
     rollout.next_value = agent.act(games.obs, rng)[2]
 
 @torch.inference_mode()
-def collect_episodes(envs: Environments, agent: BinnedAgent, rollout: Rollout, rng: np.random.Generator) -> None:
+def collect_episodes(envs: Environments, agent: nn.Module, rollout: Rollout, rng: np.random.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
     policy, value, noise = in_numpy(agent.policy), in_numpy(agent.value), agent.noise(rollout.dones.shape, rng)
     rollout.finished, rollout.bootstraps[:] = [], 0
@@ -475,7 +475,7 @@ def read_flags() -> tuple[Args, dict]:
     """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
     kind = make_dataclass("Kind", [("env_id", str, Args.env_id)])  # first only this, on which the defaults depend
     env_id = tyro.cli(kind, return_unknown_args=True, add_help=False)[0].env_id
-    args = tyro.cli(Args, default=Args(env_id, **ATARI if env_id in GAMES else {}))
+    args = tyro.cli(Args, default=Args(env_id, **ATARI_DEFAULTS if env_id in ATARI_IDS else {}))
     saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True) if args.resume else {}
     return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})) if saved else args, saved
 
@@ -495,7 +495,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         with contextlib.suppress(OSError):  # a thread that wakes waits for a core instead of taking another's
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     seeds = np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs)
-    if args.env_id in GAMES:
+    if args.env_id in ATARI_IDS:
         envs = Games(args, seeds)
         agent = AtariAgent(envs.num_actions, args.bf16).to(device)
         collect, evaluate, evaluated, noise = collect_games, evaluate_games, (agent,), flip_rewards

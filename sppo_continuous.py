@@ -259,7 +259,7 @@ class Rollout:
         self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
 
 @torch.inference_mode()
-def collect_episodes(envs: Environments, agent: BinnedAgent, rollout: Rollout, rng: np.random.Generator) -> None:
+def collect_episodes(envs: Environments, agent: nn.Module, rollout: Rollout, rng: np.random.Generator) -> None:
     """Plays the policy and overwrites `rollout` with what happened."""
     policy, value, noise = in_numpy(agent.policy), in_numpy(agent.value), agent.noise(rollout.dones.shape, rng)
     rollout.finished, rollout.bootstraps[:] = [], 0

@@ -49,7 +49,8 @@ def check_checkpoint(run: Path) -> int:
     if not path.exists():
         return 0
     assert zipfile.ZipFile(path).testzip() is None
-    return torch.load(path, weights_only=True)["step"]
+    saved = torch.load(path, weights_only=True)
+    return saved["iteration"] * saved["args"]["num_envs"] * saved["args"]["num_steps"]
 
 
 def check_curves(run: Path) -> int:
@@ -67,22 +68,25 @@ def survive(script: str, flags: str, total: int, kills: int, rng: random.Random)
     """One run with so many kills, each at a random step and a random moment after it."""
     start, done, checkpoints, early, all_kills = time.time(), 0, 0, 0, kills
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / script]
+        command = [sys.executable, "-u", ROOT / script]
         run = None
         while True:
             here = [*command, "--resume", str(run)] if done else [*command, *flags.format(steps=total).split()]
-            process = subprocess.Popen(here, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            log = open(Path(folder, "stderr"), "w+")  # progress bars would fill a pipe
+            process = subprocess.Popen(here, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
             if kills:
                 line = process.stdout.readline()  # "runs/… on cpu": from here on it trains
-                assert line.startswith("runs/"), process.stderr.read()
-                run = Path(line.split()[0].rstrip(":"))
+                assert line.startswith("runs/"), Path(log.name).read_text()
+                run = Path(line.split()[0])
                 moment = done + rng.randrange(total // (2 * all_kills))
                 while check_checkpoint(Path(folder, run)) < moment and process.poll() is None:
                     time.sleep(0.02)
                 time.sleep(rng.uniform(0, 0.3))
                 process.kill()
                 kills -= 1
-            output, errors = process.communicate()
+            output, _ = process.communicate()
+            errors = Path(log.name).read_text()
+            log.close()
             if process.returncode == 0:
                 assert not kills, "complete before all kills"
                 break
@@ -92,7 +96,7 @@ def survive(script: str, flags: str, total: int, kills: int, rng: random.Random)
             assert step >= done
             done = step
         run = Path(folder, run)
-        assert check_checkpoint(run) == total and f"final score at {total} steps" in output
+        assert check_checkpoint(run) == total and f"score at {total} steps" in output
         points = check_curves(run)
     return dict(checkpoints=checkpoints, early=early, points=points, seconds=time.time() - start)
 

@@ -1,4 +1,4 @@
-"""The README's tables of final scores, from `results/scores.csv` and `results/reference.csv`, in Markdown.
+"""The tables of final scores in docs/results.md, from `results/scores*.csv` and `results/reference.csv`, in Markdown.
 
     python benchmark/tables.py
 """
@@ -74,6 +74,23 @@ def main() -> None:
         verdict = "not weaker" if low > -0.1 * np.mean(b) else "undecided"
         print(f"| {env} | {len(seeds)} | {interval(a)[0]:.0f} ± {interval(a)[1]:.0f} | {interval(b)[0]:.0f} ± "
               f"{interval(b)[1]:.0f} | {gap:+.0f} ({low:+.0f} to {high:+.0f}) | {verdict} |")
+
+
+    print("\n| script | environment | seeds | before | after | difference (95 % interval) |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    pairs = defaultdict(dict)
+    before = {row["command"]: float(row["mean"]) for row in csv.DictReader((RESULTS / "scores_before.csv").open())}
+    for row in csv.DictReader((RESULTS / "scores.csv").open()):
+        if row["command"] in before:
+            kind = re.sub(r" --(seed|total-timesteps|eval-episodes|torch-threads) \S+", "", row["command"])
+            pairs[kind][row["command"]] = before[row["command"]], float(row["mean"])
+    for kind, scores in sorted(pairs.items()):
+        old, new = zip(*scores.values())
+        script, env = kind.split(" --env-id ")
+        text = "both the same"
+        if len(set(old + new)) > 1:
+            text = "{:+.0f} ({:+.0f} to {:+.0f})".format(*difference(new, old))
+        print(f"| `{script}` | {env} | {len(old)} | {np.mean(old):.0f} | {np.mean(new):.0f} | {text} |")
 
 
 if __name__ == "__main__":

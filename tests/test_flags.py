@@ -99,7 +99,7 @@ CONTROL_TASKS = """Ant-v5 HumanoidStandup-v5 Walker2d-v5 Hopper-v5 HalfCheetah-v
         (sppo_atari, dict(alpha=0, beta=0, reward_noise=1, advantage_noise=1, repeat_action_probability=1)),
         (sppo_continuous, dict(reward_noise=1.5)),
         (ppo_baseline, dict(reward_noise=1.5)),
-        (ppo_baseline, dict(env_id="ALE/Breakout-v5", **ppo_baseline.ATARI)),
+        (ppo_baseline, dict(env_id="ALE/Breakout-v5", **ppo_baseline.ATARI_DEFAULTS)),
     ],
 )  # fmt: skip
 def test_what_makes_sense_is_not_refused(script, settings, tmp_path, monkeypatch):

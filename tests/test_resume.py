@@ -17,9 +17,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import ale_py
-import gymnasium as gym
 import numpy as np
 import pytest
+import tiny
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,7 +27,6 @@ import ppo_baseline
 import sa2c_atari
 import sppo_atari
 import sppo_continuous
-import tiny
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-cuda --torch-threads 1 --eval-episodes 1"
@@ -190,7 +189,7 @@ def test_an_evaluation_can_be_killed_and_stopped_and_is_made_up_for(tmp_path):
         time.sleep(0.01)
     time.sleep(1)
     process.terminate()
-    output, _ = process.communicate(timeout=3)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM and "score" not in output and "to go on" in output
     assert "eval/episodic_return" not in scalars(tmp_path)
     output, _ = run(tmp_path, resume)
@@ -233,7 +232,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert [step for step, _ in scalars(tmp_path)["losses/value_loss"]] == [16, 32, 48, 64, 80, 96]
 
 
-# --------------------------------------------------------------------------------------------------- within this process
+# -------------------------------------------------------------------------------------------------- within this process
 
 
 GAME, ENVIRONMENT = {"env_id": "ALE/Breakout-v5"}, {"env_id": "tiny:Tiny-v0"}
@@ -296,7 +295,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, env, folder, monkeypatch
     script.main(make_args(script, env, **noise))
     whole, points = checkpoint_of(folder), scalars(folder)
     assert len(kept) == 4 and len(points["eval/episodic_return"]) == 2
-    for content in kept:  # as if there had been a crash before the next one
+    for content in list(kept):  # as if there had been a crash before the next one
         (the_run(folder) / "checkpoint.pt").write_bytes(content)
         resume(script, folder)
         again = checkpoint_of(folder)
@@ -306,7 +305,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, env, folder, monkeypatch
 
 @CONTINUOUS
 def test_statistics_go_on(script):
-    args, stats = make_args(script), script.RunningMeanStd((2,))
+    args = make_args(script)
     envs = script.Environments(args, np.array([1, 2]))
     for _ in range(20):
         envs.step(np.zeros((2, 1)))
@@ -452,12 +451,12 @@ def test_seeds_of_environments_fit_31_bits(script, env, folder, monkeypatch):
     seeds, name = [], "Games" if env == GAME else "Environments"
     kind = getattr(script, name)
     monkeypatch.setattr(script, name, lambda args, given, *rest: seeds.append(given) or kind(args, given, *rest))
-    args = make_args(script, env, num_envs=64, total_timesteps=1024, seed=2**32 - 1)
+    args = make_args(script, env, num_envs=8, total_timesteps=128, seed=2**32 - 1)
     script.main(args)
-    resume(script, folder, total_timesteps=2048)
-    (first, second), evaluations = [x for x in seeds if len(x) == 64], [x.tolist() for x in seeds if len(x) == 1]
+    resume(script, folder, total_timesteps=256)
+    (first, second), evaluations = [x for x in seeds if len(x) == 8], [x.tolist() for x in seeds if len(x) == 1]
     evaluations += [tiny.Tiny.seeds - {None} - {*first, *second}] * (env == ENVIRONMENT)
-    assert len({*first, *second}) == 128 and len(set(map(tuple, evaluations))) == 1
+    assert len({*first, *second}) == 16 and len(set(map(tuple, evaluations))) == 1
     assert all(0 <= seed < 2**31 for seed in (*first, *second, *evaluations[0])) and max(first) > 2**30
 
 

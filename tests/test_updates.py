@@ -241,7 +241,7 @@ def run(script, folder, monkeypatch, **settings):
 def test_sppo_without_reverse_term_is_the_baseline_bit_for_bit(script, factor, tmp_path, monkeypatch):
     """α = factor, β = 0 against --pg-coef; 20.5 is α + β|Z| of the defaults for continuous control."""
     settings = SMALL[script] | dict(total_timesteps=512, learning_rate=3e-3, reward_noise=0.1, advantage_noise=0.1)
-    baseline = ppo_baseline.ATARI if script is sppo_atari else dict(policy="discretized")
+    baseline = ppo_baseline.ATARI_DEFAULTS if script is sppo_atari else dict(policy="discretized")
     folders = (
         run(script, tmp_path / "sppo", monkeypatch, alpha=factor, beta=0.0, **settings),
         run(ppo_baseline, tmp_path / "ppo", monkeypatch, pg_coef=factor, **baseline | settings),
