@@ -118,13 +118,13 @@ class Environments:
     within the same step. `obs` (num_envs, obs_dim), normalised, is what to act on next. Of the last step, with an entry
     per environment: `score` (raw return) and `length` of the episode so far, or of the whole one where it is `over`."""
 
-    def __init__(self, args: Args, seeds: np.ndarray, saved_stats=()):
+    def __init__(self, args: Args, seeds: np.ndarray, stats=()):
         self.envs, self.gamma = [make_env(args) for _ in seeds], args.gamma
         shape = self.envs[0].observation_space.shape
         self.obs_stats, self.return_stats = self.stats = RunningMeanStd(shape), RunningMeanStd()
-        for stats, saved in zip(self.stats, saved_stats):
-            vars(stats).update({name: x.numpy() for name, x in saved.items()})
-        self.obs = np.stack([self.normalize(env.reset(seed=int(x))[0], True) for env, x in zip(self.envs, seeds)])
+        for own, saved in zip(self.stats, stats):
+            vars(own).update({name: x.numpy() for name, x in saved.items()})
+        self.obs = np.stack([self.normalize(env.reset(seed=int(x))[0], not stats) for env, x in zip(self.envs, seeds)])
         self.over = np.zeros(len(seeds), dtype=bool)
         self.score, self.length, self.discounted_return = self.totals = np.zeros((3, len(seeds)))
 

@@ -29,6 +29,10 @@ import sppo_atari
 import sppo_continuous
 
 ROOT = Path(__file__).parent.parent
+pytestmark = [  # a writer whose run has failed, and render() without a frame
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:.*RGB-array rendering"),
+]
 QUICK = "--no-cuda --torch-threads 1 --eval-episodes 1"
 GAMES = f"--num-envs 4 --num-steps 16 --total-timesteps 640 --env-id ALE/Breakout-v5 --checkpoint-interval 64 {QUICK}"
 CONTROL = f"--num-minibatches 2 --update-epochs 1 --checkpoint-interval 128 {QUICK}"
@@ -146,7 +150,7 @@ def test_a_resumed_run_has_all_its_steps_once(name, interrupted):
 
 def test_a_complete_run_is_evaluated_again_or_made_longer(interrupted):
     folder = interrupted["sppo_continuous"]
-    resume = f"sppo_continuous.py --resume runs/{the_run(folder).name}"
+    resume = f'sppo_continuous.py --resume "runs/{the_run(folder).name}"'
     before, points = checkpoint_of(folder), scalars(folder)
     output, _ = run(folder, f"{resume} --eval-episodes 2")
     first, score = output.splitlines()
@@ -289,8 +293,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, env, folder, monkeypatch
     monkeypatch.setattr(script, "save", watched_save)
     short = functools.partial(ale_py.vector_env.AtariVectorEnv, max_num_frames_per_episode=64, noop_max=0)
     monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", short)
-    if env == ENVIRONMENT:  # a resumed run counts the first observation of its new episodes among the statistics
-        monkeypatch.setattr(script.Environments, "normalize", lambda self, obs, learn=False: obs)
     noise = dict(reward_noise=0.1, advantage_noise=0.1, anneal_lr=True, anneal_clip=True, eval_interval=64)
     script.main(make_args(script, env, **noise))
     whole, points = checkpoint_of(folder), scalars(folder)
@@ -311,9 +313,9 @@ def test_statistics_go_on(script):
         envs.step(np.zeros((2, 1)))
     saved = [{key: torch.tensor(x) for key, x in vars(stats).items()} for stats in envs.stats]
     again = script.Environments(args, np.array([1, 2]), saved)
-    assert vars(again.return_stats) == vars(envs.return_stats)
-    assert again.obs_stats.count - envs.obs_stats.count in (0, 2)
-    np.testing.assert_allclose(again.obs_stats.mean, envs.obs_stats.mean, atol=0.1)
+    for one, other in zip(again.stats, envs.stats):
+        for name, value in vars(one).items():
+            np.testing.assert_array_equal(value, vars(other)[name])
 
 
 @ALL
@@ -420,7 +422,7 @@ def test_what_an_evaluation_needs_is_tried_first(kind, flags, script, folder, mo
     """A second environment; frames."""
     trouble(monkeypatch, kind)
     with pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)):
-        script.main(make_args(script, **flags))
+        script.main(make_args(script, num_envs=1, **flags))
     assert tiny.Tiny.steps == 0
 
 
