@@ -294,7 +294,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, env, folder, monkeypatch
     short = functools.partial(ale_py.vector_env.AtariVectorEnv, max_num_frames_per_episode=64, noop_max=0)
     monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", short)
     noise = dict(reward_noise=0.1, advantage_noise=0.1, anneal_lr=True, anneal_clip=True, eval_interval=64)
-    script.main(make_args(script, env, **noise))
+    one = dict(num_envs=1, num_steps=32) if env == ENVIRONMENT else {}  # of several the first lags behind in statistics
+    script.main(make_args(script, env, **noise, **one))
     whole, points = checkpoint_of(folder), scalars(folder)
     assert len(kept) == 4 and len(points["eval/episodic_return"]) == 2
     for content in list(kept):  # as if there had been a crash before the next one
