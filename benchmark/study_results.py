@@ -156,7 +156,7 @@ def play_uniformly(env_id: str, episodes: int, max_steps: int = 100_000) -> list
     import ppo_baseline
 
     args = ppo_baseline.Args(env_id)
-    if env_id in ppo_baseline.GAMES:  # games side by side; the first one of each counts
+    if env_id in ppo_baseline.ATARI_IDS:  # games side by side; the first one of each counts
         rng, scores = np.random.default_rng(0), np.full(episodes, np.nan)
         games = ppo_baseline.Games(args, rng.integers(2**31, size=episodes))
         while np.isnan(scores).any():
