@@ -22,7 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sppo_atari
 import sppo_continuous
-from ppo_baseline import GAMES, ppo_loss
+from ppo_baseline import ATARI_IDS, ppo_loss
 from sa2c_atari import symmetric_a2c_loss
 
 
@@ -46,7 +46,7 @@ class Trainer:
 
     def __init__(self, env_id: str, checkpoint: Path | None, seed: int):
         torch.manual_seed(seed)
-        self.atari = env_id in GAMES
+        self.atari = env_id in ATARI_IDS
         self.script = sppo_atari if self.atari else sppo_continuous
         self.args = args = self.script.Args(env_id=env_id, seed=seed)
         self.script.validate(args)
