@@ -336,6 +336,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # it anew was a quarter of an update
         with contextlib.suppress(OSError):  # a thread that wakes waits for a core instead of taking another's
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
     # Random streams follow from seed, iteration and a number: a resumed run draws the same, but begins new episodes.
     envs = Games(args, np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs))
     agent = AtariAgent(envs.num_actions, args.bf16).to(device)
@@ -343,6 +344,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     rollout = Rollout(args.num_steps, envs.obs, action_dims=1)
     agent.load_state_dict(saved.get("agent", agent.state_dict()))
     optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
+
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
@@ -382,16 +384,19 @@ def main(args: Args, saved: dict | None = None) -> None:
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # casts weights once, not every step
             collect_games(envs, agent, rollout, act_rng)
+
         rewards = flip_rewards(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
         bootstraps, valid = args.gamma * rollout.bootstraps, rollout.valid
         context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
         advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (rewards, rollout.rewards))
         returns = advantages + rollout.values
+
         samples = np.flatnonzero(valid)  # FIRE rows are left out; others, drawn at random, take their places
         samples = np.append(samples, minibatch_rng.choice(samples, batch_size - len(samples)))
         arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, returns)
         batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]
         stats = update(agent, optimizer, batch, samples, clip_coef, args, minibatch_rng, step_gradient)
+
         share = 1 if args.importance_weighted_reverse else np.exp(rollout.logprobs[valid]).mean()
         stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # mean factor on PPO's gradient
         stats["losses/explained_variance"] = 1 - advantages[valid].var() / (returns[valid].var() + 1e-8)
@@ -406,6 +411,7 @@ def main(args: Args, saved: dict | None = None) -> None:
             writer.add_scalar("charts/episodic_return", episodic_return, step + (t + 1) * args.num_envs)
             writer.add_scalar("charts/episodic_length", length, step + (t + 1) * args.num_envs)
             progress.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
+
     writer.close()
     for number, handler in usual.items():
         signal.signal(number, handler)
