@@ -67,6 +67,7 @@ def load(args, moved=True):
     torch.manual_seed(args.seed)
     tokenizer = script.load_tokenizer(args.model)
     agent = script.LanguageAgent(args, tokenizer)
+    torch.manual_seed(0)
     for parameter in trained(agent).values():
         parameter.data += moved * 0.05 * torch.randn_like(parameter)
     return agent, tokenizer, script.Judge(args.reward_model, args.reward_label, torch.device("cpu"))
@@ -92,6 +93,13 @@ def alone(model, tokens, attention):
     """The plain model's outputs for each row without its padding, row by row, in float64."""
     with torch.no_grad():
         return [model(row[keep][None]).logits[0].double() for row, keep in zip(tokens, attention.bool())]
+
+
+def plain_values(agent, tokens, attention, mask):
+    """Values of the texts before the tokens in the mask, row after row."""
+    with torch.no_grad():
+        hidden = [agent.value(row[keep][None]).last_hidden_state[0] for row, keep in zip(tokens, attention.bool())]
+        return torch.cat([agent.value_head(x[-1 - n : -1])[:, 0] for x, n in zip(hidden, mask.sum(1).tolist())])
 
 
 def plain_logprobs(model, tokens, attention, mask, temperature=1.0):
@@ -133,7 +141,7 @@ def test_ratios_are_1_before_the_first_step(kind, lora_rank, make):
     args = make(kind, lora_rank=lora_rank)
     agent, tokenizer, judge = load(args)
     rollout = collect(agent, tokenizer, judge, args)
-    assert len(set(rollout.attention[:, :12].sum(1).tolist())) > 2 and len(set(rollout.mask.sum(1).tolist())) > 2
+    assert all(len(set(x.sum(1).tolist())) > 1 for x in (rollout.attention[:, :-T], rollout.mask))
     batch = batch_of(rollout, args)
     for rows in torch.randperm(8).split(2):
         _, logged = script.losses_of(agent, *(x[rows] for x in batch), args=args)
@@ -153,8 +161,7 @@ def test_a_padded_row_is_the_row_alone(kind, lora_rank, make):
     reference = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
     close(rollout.ref_logprobs[mask], plain_logprobs(reference, tokens, attention, mask))
     assert (rollout.logprobs - rollout.ref_logprobs)[mask].abs().max() > 0.01
-    rows = zip(alone(agent.value, tokens, attention), mask.sum(1).tolist())
-    close(rollout.values[mask], torch.cat([values[-1 - n : -1, 0] for values, n in rows]))
+    close(rollout.values[mask], plain_values(agent, tokens, attention, mask))
 
 
 @pytest.mark.parametrize("name, label", [("proxy", 0), ("proxy", 1), ("scalar", None)])
@@ -248,9 +255,10 @@ def test_there_is_one_temperature_for_sampling_and_all_probabilities(kind, lora_
     torch.manual_seed(1)
     inputs = {"input_ids": tokens[:, :-T], "attention_mask": attention[:, :-T]}
     sampled = agent.policy.generate(**inputs, output_scores=True, return_dict_in_generate=True)
-    assert torch.equal(sampled.sequences, tokens)
-    scores = torch.stack(sampled.scores, 1).log_softmax(2).gather(2, tokens[:, -T:, None]).squeeze(2)
-    close(rollout.logprobs[mask], scores[mask], atol=1e-4)
+    response = sampled.sequences[:, -len(sampled.scores) :]  # shorter, if all end earlier
+    assert torch.equal(response, tokens[:, -T:][:, : response.shape[1]])
+    scores = torch.stack(sampled.scores, 1).log_softmax(2).gather(2, response[:, :, None]).squeeze(2)
+    close(rollout.logprobs[mask], scores[mask[:, : response.shape[1]]], atol=1e-4)
     close(agent.logprobs(tokens, attention)[mask], rollout.logprobs[mask])
     reference = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
     close(rollout.ref_logprobs[mask], plain_logprobs(reference, tokens, attention, mask, temperature))
@@ -304,10 +312,10 @@ def test_every_parameter_has_a_gradient_but_those_of_the_reference(kind, lora_ra
     batch = batch_of(collect(agent, *others, args), args)
     script.losses_of(agent, *batch, args=args)[0].backward()
     parameters = trained(agent)
-    assert {name.split(".")[0] for name in parameters} == {"policy", "value"}
+    assert {name.split(".")[0] for name in parameters} == {"policy", "value", "value_head"}
     assert [name for name, parameter in parameters.items() if not parameter.grad.any()] == []
     if lora_rank:
-        assert all("lora_" in name or "modules_to_save" in name for name in parameters)
+        assert all("lora_" in name or "value_head" in name for name in parameters)
     else:
         assert all(name in parameters for name, _ in agent.named_parameters() if not name.startswith("reference"))
     agent.zero_grad()
@@ -379,8 +387,7 @@ def test_the_loss_is_a_textbooks(kind, target_coef, weighted, make):
 
     old, advantage, returns = (x[mask].double().numpy() for x in batch[3:6])
     logprob = plain_logprobs(agent.policy, tokens, attention, mask, args.temperature).numpy()
-    values = zip(alone(agent.value, tokens, attention), mask.sum(1).tolist())
-    values = np.concatenate([x[-1 - n : -1, 0].numpy() for x, n in values])
+    values = plain_values(agent, tokens, attention, mask).double().numpy()
     context = (args.alpha, args.beta, args.Z, args.clip_coef, weighted)
     forward, reverse, _ = textbook.symmetric_ppo(logprob[:, None], old[:, None], advantage, *context)
     r, nll = np.exp(logprob - old), []
@@ -596,9 +603,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
     train(folder, *script.read_flags())
     (saved, expected) = checkpoint_of(run), checkpoint_of(whole)
-    for key in ("iteration", "agent", "stats"):
+    for key in ("iteration", "agent", "optimizer", "stats"):
         torch.testing.assert_close(saved[key], expected[key], rtol=0, atol=0)
-    torch.testing.assert_close(saved["optimizer"]["state"], expected["optimizer"]["state"], rtol=0, atol=0)
     assert scalars(run) == scalars(whole)
 
 
