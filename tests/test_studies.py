@@ -97,7 +97,7 @@ def write_study(folder: Path, text: str = STUDY, name: str = "small") -> Path:
 
 
 def command(*words) -> list[str]:
-    return [sys.executable, str(ROOT / "benchmark/study.py"), *map(str, words)]
+    return [sys.executable, str(ROOT / "studies/study.py"), *map(str, words)]
 
 
 def call(folder: Path, *words) -> subprocess.CompletedProcess:
@@ -254,7 +254,7 @@ def test_a_bad_call_gives_one_line_and_status_2(tmp_path):
 def test_a_study_runs_and_repeats_nothing(tmp_path):
     path = write_study(tmp_path)
     assert call(tmp_path, "run", path, "--workers", 2).returncode == 0
-    cells = sorted((tmp_path / "studies/small").iterdir())
+    cells = sorted((tmp_path / "study_runs/small").iterdir())
     assert [cell.name for cell in cells] == ["A__E__clean__seed-1", "A__E__clean__seed-2"]
     for seed, cell in enumerate(cells, 1):
         record = json.loads((cell / "done.json").read_text())
@@ -273,7 +273,7 @@ def test_crashed_runs_are_reported_and_the_others_go_on(tmp_path):
     text = STUDY + '"B" = "SCRIPT --breaks True"\n' + '"C" = "ppo_baseline.py"\n'
     text = text.replace('flags = "--pause {pause} --checkpoints True"', 'flags = ""').replace("seeds = 2", "seeds = 1")
     result = call(tmp_path, "run", write_study(tmp_path, text), "--workers", 3)
-    folder = tmp_path / "studies/small"
+    folder = tmp_path / "study_runs/small"
     assert result.returncode == 1 and "1 of 3 runs finished" in result.stdout
     lines = result.stderr.splitlines()
     assert len(lines) == 2 and (folder / "A__E__clean__seed-1/done.json").exists()
@@ -290,14 +290,14 @@ def test_a_run_that_is_killed_is_recovered(tmp_path, checkpoints, dies, begins):
     text = STUDY.replace("--checkpoints True", f"--checkpoints {checkpoints} --dies {dies}")
     text = text.replace("seeds = 2", "seeds = 1")
     assert call(tmp_path, "run", write_study(tmp_path, text)).returncode == 0
-    cell = tmp_path / "studies/small/A__E__clean__seed-1"
+    cell = tmp_path / "study_runs/small/A__E__clean__seed-1"
     assert begun_at(cell) == begins and json.loads((cell / "done.json").read_text())["attempts"] == 2
 
 
 def test_a_study_that_is_stopped_continues(tmp_path):
     """SIGTERM is passed on, nothing new is begun; the next call resumes what has a checkpoint."""
     path = write_study(tmp_path, STUDY.replace("pause = 0.01", "pause = 0.1").replace("seeds = 2", "seeds = 3"))
-    first, second, third = (tmp_path / f"studies/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3))
+    first, second, third = (tmp_path / f"study_runs/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3))
     study = subprocess.Popen(command("run", path, "--workers", 2), cwd=tmp_path, stdout=subprocess.DEVNULL)
     wait_for(lambda: all(list(cell.glob("runs/*/checkpoint.pt")) for cell in (first, second)))
     study.send_signal(signal.SIGTERM)
@@ -318,7 +318,7 @@ def test_a_study_that_is_killed_repeats_nothing(tmp_path):
     """What it left running is waited for and only evaluates again, and what was finished stays."""
     text = STUDY.replace("pause = 0.01", "pause = 0.1").replace("seeds = 2", "seeds = 4")
     path = write_study(tmp_path, text)
-    cells = [tmp_path / f"studies/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3, 4)]
+    cells = [tmp_path / f"study_runs/small/A__E__clean__seed-{seed}" for seed in (1, 2, 3, 4)]
     study = subprocess.Popen(command("run", path, "--workers", 1), cwd=tmp_path, stdout=subprocess.DEVNULL)
     wait_for(lambda: list(cells[1].glob("runs/*/checkpoint.pt")))
     kill(study.pid)
@@ -335,7 +335,7 @@ def test_two_calls_share_the_work(tmp_path):
     calls = [subprocess.Popen(command("run", path, "--workers", 3), cwd=tmp_path, stdout=subprocess.DEVNULL)
              for _ in range(2)]
     assert [process.wait() for process in calls] == [0, 0]
-    assert all(begun_at(cell) == [0] for cell in (tmp_path / "studies/small").iterdir())
+    assert all(begun_at(cell) == [0] for cell in (tmp_path / "study_runs/small").iterdir())
 
 
 def test_other_flags_are_another_run(tmp_path):
@@ -344,7 +344,7 @@ def test_other_flags_are_another_run(tmp_path):
     assert call(tmp_path, "run", path).returncode == 1
     path.write_text(path.read_text().replace("--breaks True", "--beta 1"))
     assert call(tmp_path, "run", path).returncode == 0
-    broken = tmp_path / "studies/small/B__E__clean__seed-1"
+    broken = tmp_path / "study_runs/small/B__E__clean__seed-1"
     assert begun_at(broken) == [0] and "it broke" not in (broken / "log.txt").read_text()
     path.write_text(path.read_text().replace("--beta 1", "--beta 2"))
     result = call(tmp_path, "run", path)
@@ -356,14 +356,14 @@ def test_dry_run_lists_the_commands_and_the_time(tmp_path):
     lines = call(tmp_path, "run", path, "--dry-run").stdout.splitlines()
     assert lines[0].startswith("0 to do A__E__clean__seed-1: ") and "--seed 1 --total-timesteps 1080000" in lines[0]
     assert lines[2] == ("2 of 2 runs to do: about 1.0 hours with 1 at a time (the speed of 2 of them is a guess)")
-    cell = tmp_path / "studies/small/A__E__clean__seed-1"
+    cell = tmp_path / "study_runs/small/A__E__clean__seed-1"
     cell.mkdir(parents=True)
     record = dict(command=lines[0].partition(": ")[2], steps=1_080_000, score=1, seconds=10_800, attempts=1)
     (cell / "done.json").write_text(json.dumps(record))
     lines = call(tmp_path, "run", path, "--dry-run", "--workers", 2).stdout.splitlines()
     assert lines[0].startswith("0 done") and lines[1].startswith("1 to do")
     assert lines[2] == "1 of 2 runs to do: about 1.5 hours with 2 at a time (from the speed of finished runs)"
-    assert {path.name for path in (tmp_path / "studies/small").iterdir()} == {cell.name}  # nothing was begun
+    assert {path.name for path in (tmp_path / "study_runs/small").iterdir()} == {cell.name}  # nothing was begun
 
 
 def test_slurm_prints_a_job_array(tmp_path):
@@ -381,13 +381,13 @@ def test_slurm_prints_a_job_array(tmp_path):
     job = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path / "elsewhere",
                          env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"})
     assert job.returncode == 0
-    assert [cell.parent.name for cell in (tmp_path / "studies/small").glob("*/done.json")] == ["A__E__clean__seed-2"]
+    assert [cell.parent.name for cell in (tmp_path / "study_runs/small").glob("*/done.json")] == ["A__E__clean__seed-2"]
 
 
 def test_ray_recovers_a_lost_worker_and_stops_cleanly(tmp_path):
     text = STUDY.replace("pause = 0.01", "pause = 0.3").replace("seeds = 2", "seeds = 1") + '"B" = "SCRIPT --pause 2"\n'
     path = write_study(tmp_path, text)
-    lost, stopped = (tmp_path / f"studies/small/{method}__E__clean__seed-1" for method in "AB")
+    lost, stopped = (tmp_path / f"study_runs/small/{method}__E__clean__seed-1" for method in "AB")
     study = subprocess.Popen(command("run", path, "--ray", "local", "--workers", 2), cwd=tmp_path,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: all(list(cell.glob("runs/*/checkpoint.pt")) for cell in (lost, stopped)))
@@ -412,14 +412,14 @@ def smoke(tmp_path_factory):
     """`smoke`, killed in the middle and continued. Folder, and when each cell that was finished before had been so."""
     folder = tmp_path_factory.mktemp("smoke")
     study = subprocess.Popen(command("run", "smoke", "--workers", 2), cwd=folder, stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(list(folder.glob("studies/smoke/*/done.json"))) >= 2, 120)
+    wait_for(lambda: len(list(folder.glob("study_runs/smoke/*/done.json"))) >= 2, 120)
     kill(study.pid)
     study.wait()
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("studies/smoke/*/done.json")}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("study_runs/smoke/*/done.json")}
     for words in (["run", "smoke", "--workers", 2], ["collect", "smoke"], ["report", "smoke"]):
         result = call(folder, *words)
         assert (result.returncode, result.stderr) == (0, ""), result.stderr
-    return folder / "studies/smoke", before
+    return folder / "study_runs/smoke", before
 
 
 def test_smoke_survives_and_repeats_nothing(smoke):
@@ -492,7 +492,7 @@ def test_a_study_continues_from_its_tables(smoke, tmp_path):
     dry = call(tmp_path, "run", "smoke", "--results", "tables", "--dry-run").stdout.splitlines()
     assert [line.split()[1] for line in dry[:-1]] == [*["done"] * 6, "to"]
     assert call(tmp_path, "run", "smoke", "--results", "tables").returncode == 0
-    assert len(list((tmp_path / "studies/smoke").glob("*/log.txt"))) == 1  # the one that was missing
+    assert len(list((tmp_path / "study_runs/smoke").glob("*/log.txt"))) == 1  # the one that was missing
     assert call(tmp_path, "collect", "smoke", "--results", "tables").returncode == 0
     again = {name: (tmp_path / "tables" / name).read_text() for name in names}
     seconds = re.compile(r",[\d.]+,1,ppo", re.MULTILINE)  # of the run that was repeated
@@ -514,7 +514,7 @@ def test_a_real_script_is_resumed(tmp_path):
     path.write_text(text.replace("CartPole-v1", "mine:Pole-v0"))
     here = dict(cwd=tmp_path, stdout=subprocess.DEVNULL, env=os.environ | dict(PYTHONPATH="."))
     study = subprocess.Popen(command("run", path), **here)
-    folder = tmp_path / "studies/resumed"
+    folder = tmp_path / "study_runs/resumed"
     wait_for(lambda: list(folder.glob("*/runs/*/checkpoint.pt")))
     study.send_signal(signal.SIGTERM)
     assert study.wait(60) == 143 and not list(folder.glob("*/done.json"))

@@ -1,17 +1,17 @@
 """A comparison over many runs as one command, from a file that says which runs and why.
 
-    python benchmark/study.py run smoke --workers 2     # every method × environment × condition × seed, a run each
-    python benchmark/study.py collect smoke             # what they logged, as two tables
-    python benchmark/study.py report smoke              # what it says: Markdown and figures
+    python studies/study.py run smoke --workers 2     # every method × environment × condition × seed, a run each
+    python studies/study.py collect smoke             # what they logged, as two tables
+    python studies/study.py report smoke              # what it says: Markdown and figures
 
-STUDY is a file, or the name of one in `benchmark/studies/`; `--scale` takes a smaller version that the file describes.
-A run is a subprocess of the real script in a folder of its own, `studies/STUDY/<run>/`, and is finished once its
+STUDY is a file, or the name of one in `studies/`; `--scale` takes a smaller version that the file describes.
+A run is a subprocess of the real script in a folder of its own, `study_runs/STUDY/<run>/`, and is finished once its
 `done.json` lies there. The same command continues a study that was interrupted: runs go on from their last checkpoint,
 complete ones only evaluate again, those without one start anew. With `--ray` and `--slurm` the folder must be one that
 all machines see; a Ray cluster's machines need the same token, or RAY_AUTH_MODE=disabled. `run --results DIR` counts as
 finished what the tables of an earlier `collect` hold, so that a study begun on one machine goes on at another.
 
-A study file is TOML; `benchmark/studies/smoke.toml` is a short one:
+A study file is TOML; `studies/smoke.toml` is a short one:
 
     question, beta                 the question, and how β was fixed before the runs, in a sentence each
     steps, seeds, flags            environment steps of a run; a number or a list; flags of every run
@@ -325,9 +325,9 @@ def main() -> int:
     for name, text in (("run", "run what is not finished"), ("collect", "gather what the runs logged into tables"),
                        ("random", "play the uniform policy (collect does, too)"), ("report", "judge the tables")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("study", help="a .toml file, or the name of one in benchmark/studies/")
+        command.add_argument("study", help="a .toml file, or the name of one in studies/")
         command.add_argument("--scale", help="a smaller version, by the name it has in the file")
-        command.add_argument("--folder", default="studies", help="where the studies' folders are (default: studies)")
+        command.add_argument("--folder", default="study_runs", help="where the runs are (default: study_runs)")
         if name == "run":
             command.add_argument("--workers", type=int, default=1, help="runs at a time")
             command.add_argument("--threads", type=int, default=1, help="threads of a run")
@@ -364,7 +364,7 @@ def main() -> int:
             from study_report import report  # its libraries take seconds to load
 
             scale = f" --scale {args.scale}" if args.scale else ""
-            report(study, results, f"python benchmark/study.py run {args.study}{scale}")
+            report(study, results, f"python studies/study.py run {args.study}{scale}")
         return 0
     except StudyError as error:
         print(f"study.py: {error}", file=sys.stderr)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ROOT / "benchmark" / "studies"
+STUDIES = Path(__file__).resolve().parent
+ROOT = STUDIES.parent
 
 
 class StudyError(Exception):
