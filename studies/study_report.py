@@ -5,50 +5,51 @@ Welch's t interval. Aggregates over tasks: stratified bootstrap over seeds, task
 normalised scores (score − random) / (reference − random).
 """
 
-import csv
+from collections import Counter
+from itertools import chain, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from rliable import library, metrics
 from scipy import stats
-from study_file import Study, StudyError
+from study_file import KEY, Study, StudyError
 
 REPS = 2000  # bootstrap resamples
 TAUS = np.linspace(0, 1.5, 61)  # of the performance profiles
+CASE = KEY[:3]  # method, environment, condition
 
-# ----------------------------------------------------------------------------------------------------------- statistics
 
-
-def contrast(terms: list[tuple[float, np.ndarray]]) -> tuple[float, float, float]:
-    """Σ cᵢ·mean(xᵢ) of independent samples with its 95 % interval (Welch and Satterthwaite). Infinite, which is to say
-    none, where there is no variance to go by: a single seed, or seeds that agree while their means do not."""
+def contrast(*terms: tuple[float, np.ndarray]) -> tuple[float, float, float]:
+    """Σ cᵢ·mean(xᵢ) of independent samples with its 95 % interval (Welch and Satterthwaite). NaN, which is to say none,
+    where there is no variance to go by: a single seed, or seeds that agree while their means do not."""
     value = sum(c * np.mean(x) for c, x in terms)
-    if min(len(x) for _, x in terms) < 2:
-        return value, -np.inf, np.inf
-    parts = [c**2 * np.var(x, ddof=1) / len(x) for c, x in terms]
-    if sum(parts) == 0:
-        return (value, -np.inf, np.inf) if value else (0.0, 0.0, 0.0)
+    parts = [c**2 * np.var(x, ddof=1) / len(x) for c, x in terms if len(x) > 1]
+    if len(parts) < len(terms) or sum(parts) == 0:
+        return (0.0, 0.0, 0.0) if len(parts) == len(terms) and value == 0 else (value, np.nan, np.nan)
     freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, (_, x) in zip(parts, terms))
     half = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
     return value, value - half, value + half
 
 
-def improvement(x: np.ndarray, y: np.ndarray) -> float:
-    """P(x > y), ties counting a half, averaged over tasks: rliable's, without the p-value that takes its time."""
-    return float(np.mean((x[:, None] > y[None]) + 0.5 * (x[:, None] == y[None])))
-
-
-def iqm_contrast(*signs: int):
-    """Σ signᵢ·IQM(scoresᵢ), for `bootstrap`."""
-    return lambda *scores: np.array([sum(s * metrics.aggregate_iqm(x) for s, x in zip(signs, scores))])
+def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """P(x > y), ties a half, mean over tasks, of (…, seeds, tasks): rliable's, without the p-value that takes time."""
+    x, y = x[..., :, None, :], y[..., None, :, :]
+    return ((x > y) + 0.5 * (x == y)).mean((-3, -2, -1))
 
 
 def bootstrap(function, *scores: np.ndarray) -> tuple[float, float, float]:
     """`function` of scores (seeds, tasks), one array or more, with its stratified bootstrap percentile interval."""
     np.random.seed(0)  # rliable draws from NumPy's global generator, whatever `random_state` says
-    value, interval = library.get_interval_estimates({"": list(scores)}, function, reps=REPS)
-    return float(value[""][0]), float(interval[""][0, 0]), float(interval[""][1, 0])
+    value, interval = library.get_interval_estimates({"": list(scores)}, lambda *x: np.array([function(*x)]), reps=REPS)
+    return value[""][0], *interval[""][:, 0]
+
+
+def iqm_contrast(*signs: int):
+    """Σ signᵢ·IQM(scoresᵢ), for `bootstrap`."""
+    return lambda *scores: sum(sign * metrics.aggregate_iqm(x) for sign, x in zip(signs, scores))
 
 
 def spread(scores: np.ndarray) -> float:
@@ -60,76 +61,54 @@ def spread(scores: np.ndarray) -> float:
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """Spearman's ρ with its 95 % interval (Fisher's z with the standard error of Bonett and Wright, 2000)."""
     if len(x) < 5 or len(set(x)) < 2 or len(set(y)) < 2:
-        return np.nan, -np.inf, np.inf
+        return np.nan, np.nan, np.nan
     rho = stats.spearmanr(x, y).statistic
     half = stats.norm.ppf(0.975) * ((1 + rho**2 / 2) / (len(x) - 3)) ** 0.5
     z = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
     return rho, np.tanh(z - half), np.tanh(z + half)
 
 
-def coverage(seeds: int, tasks: int, shape: str, trials: int) -> dict[str, float]:
-    """How often the intervals contain the truth on synthetic scores of two methods that do not differ.
-
-    The bootstrap here is the one of `bootstrap`, written for whole arrays, with fewer resamples.
-    """
-    rng = np.random.default_rng(0)
-    hits = dict.fromkeys(("raw difference, one task", "difference of IQMs", "probability of improvement"), 0)
-    for _ in range(trials):
-        x, y = rng.normal(0.8, 0.2, (2, seeds, tasks)) * rng.uniform(0.5, 1.5, tasks)  # tasks of different scales
-        if shape == "some runs fail":
-            x, y = (np.where(rng.random(z.shape) < 0.3, rng.normal(0.1, 0.05, z.shape), z) for z in (x, y))
-        _, low, high = contrast([(1, x[:, 0]), (-1, y[:, 0])])
-        hits["raw difference, one task"] += low <= 0 <= high
-        x_new, y_new = (z[rng.integers(seeds, size=(500, seeds, tasks)), np.arange(tasks)] for z in (x, y))
-        low, high = np.percentile(iqms(x_new) - iqms(y_new), (2.5, 97.5))
-        hits["difference of IQMs"] += low <= 0 <= high
-        wins = (x_new[:, :, None] > y_new[:, None]) + 0.5 * (x_new[:, :, None] == y_new[:, None])
-        low, high = np.percentile(wins.mean((1, 2, 3)), (2.5, 97.5))
-        hits["probability of improvement"] += low <= 0.5 <= high
-    return {name: count / trials for name, count in hits.items()}
-
-
-def iqms(scores: np.ndarray) -> np.ndarray:
-    """Interquartile means of many (seeds, tasks) arrays at once."""
-    ordered = np.sort(scores.reshape(len(scores), -1))
-    cut = int(0.25 * ordered.shape[1])
-    return ordered[:, cut : ordered.shape[1] - cut].mean(1)
-
-
-# ------------------------------------------------------------------------------------------------------------- Markdown
+def coverage(seeds: int, tasks: int, trials: int) -> pd.DataFrame:
+    """How often the intervals contain the truth on synthetic scores of two methods that do not differ. The bootstrap
+    here is the one of `bootstrap`, written for whole arrays, with fewer resamples."""
+    names = ["raw difference, one task", "difference of IQMs", "probability of improvement"]
+    hits = pd.DataFrame(0, names, ["normal", "some runs fail"])
+    for shape in hits:
+        rng = np.random.default_rng(0)
+        for _ in range(trials):
+            x, y = rng.normal(0.8, 0.2, (2, seeds, tasks)) * rng.uniform(0.5, 1.5, tasks)  # tasks of different scales
+            if shape == "some runs fail":
+                x, y = (np.where(rng.random(z.shape) < 0.3, rng.normal(0.1, 0.05, z.shape), z) for z in (x, y))
+            _, *raw = contrast((1, x[:, 0]), (-1, y[:, 0]))
+            x, y = (z[rng.integers(seeds, size=(500, seeds, tasks)), np.arange(tasks)] for z in (x, y))
+            iqms = [stats.trim_mean(z.reshape(500, -1), 0.25, axis=1) for z in (x, y)]
+            bounds = np.percentile([iqms[0] - iqms[1], improvement(x, y) - 0.5], (2.5, 97.5), axis=1).T
+            hits[shape] += [low <= 0 <= high for low, high in (raw, *bounds)]
+    return hits / trials
 
 
 def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
 
 
-def plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" + "s" * (n != 1)
-
-
-def interval(estimate: tuple[float, float, float], show=number, sign: str = "") -> str:
+def interval(estimate: tuple[float, float, float], show=number, plus: str = "") -> str:
     value, low, high = estimate
-    plus = "+" if sign and value > 0 else ""
-    if np.isinf(low):
-        return "–" if np.isnan(value) else f"{plus}{show(value)} (no interval)"
-    return f"{plus}{show(value)} ({show(low)} to {show(high)})"
+    value_shown = (plus if value > 0 else "") + show(value)
+    if np.isnan(low):
+        return "–" if np.isnan(value) else f"{value_shown} (no interval)"
+    return f"{value_shown} ({show(low)} to {show(high)})"
 
 
-def verdict(estimate: tuple[float, float, float], words: tuple[str, str], zero: float = 0) -> str:
-    """One of two words, for a difference that is positive and one that is negative, or a tie."""
+def verdict(estimate: tuple[float, float, float], a: str, b: str, word: str, zero: float = 0) -> str:
+    """Which of two methods is higher, say, or a tie, where a positive estimate speaks for a."""
     _, low, high = estimate
-    if np.isinf(low):
+    if np.isnan(low):
         return "no verdict"
-    return "tie" if low <= zero <= high else words[0] if low > zero else words[1]
+    return "tie" if low <= zero <= high else f"{a if low > zero else b} {word}"
 
 
-def higher(a: str, b: str) -> tuple[str, str]:
-    return f"{a} higher", f"{b} higher"
-
-
-def less_lost(a: str, b: str) -> tuple[str, str]:
-    """For what a loses minus what b loses."""
-    return f"{b} loses less", f"{a} loses less"
+def difference(estimate: tuple[float, float, float], *verdict_of, show=number) -> list[str]:
+    return [interval(estimate, show, "+"), verdict(estimate, *verdict_of)]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -137,421 +116,254 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# --------------------------------------------------------------------------------------------------------------- report
-
-
 class Results:
-    """The tables of a study. `scores[method, environment, condition]` are the final scores by seed."""
+    """The tables of a study. `cases[method, environment, condition]` are its finished runs, by seed."""
 
     def __init__(self, study: Study, folder: Path):
         self.study, self.folder = study, folder
+        kinds = dict(dtype=dict.fromkeys(CASE, str), keep_default_na=False, na_values="nan")
         try:
-            with (folder / "runs.csv").open() as runs, (folder / "random.csv").open() as random:
-                self.random = {row["environment"]: float(row["mean"]) for row in csv.DictReader(random)}
-                self.runs = [row for row in csv.DictReader(runs) if row["pilot"] == "0"]
-            with (folder / "evaluations.csv").open() as file:
-                self.evaluations = [row for row in csv.DictReader(file) if row["pilot"] == "0"]
+            runs, evaluations, random = (pd.read_csv(folder / f"{name}.csv", float_precision="round_trip", **kinds)
+                                         for name in ("runs", "evaluations", "random"))
         except FileNotFoundError as error:
             raise StudyError(f"there is no {error.filename}; `study.py collect` makes it") from None
-        cells = {(c.method, c.env_id, c.condition, c.seed): c for c in study.cells if not c.pilot}
-        self.scores, self.weights = {}, {}
-        for row in self.runs:
-            key = row["method"], row["environment"], row["condition"]
-            cell = cells.pop((*key, int(row["seed"])), None)
-            if cell is None or f" --total-timesteps {cell.steps} " not in row["command"] + " ":
-                raise StudyError(f"{folder / 'runs.csv'} holds a run that is not of this study: {row['command']}")
-            self.scores.setdefault(key, {})[int(row["seed"])] = float(row["score"])
-            self.weights.setdefault(key, []).append(float(row["mean_weight"]))
+        self.runs, self.evaluations = (rows[rows.pilot == 0] for rows in (runs, evaluations))
+        if self.runs.empty:
+            raise StudyError(f"no run of {study.name} is finished")
+        self.random = random.set_index("environment")["mean"]
+        cells = {cell.key: cell for cell in study.cells if not cell.pilot}
+        for *key, command in self.runs[[*KEY, "command"]].astype(str).to_numpy():
+            cell = cells.pop(tuple(key), None)
+            if cell is None or f" --total-timesteps {cell.steps} " not in command + " ":
+                raise StudyError(f"{folder / 'runs.csv'} holds a run that is not of this study: {command}")
         self.missing = list(cells.values())
-        self.reference = {}  # by environment, where a method has learned more than nothing: else there is no scale
-        self.tasks = []
-        for env_id in study.environments:
-            clean = self.of(study.reference, env_id, study.clean)
-            if len(clean):
-                self.reference[env_id] = float(np.mean(clean))
-                if self.reference[env_id] > self.random[env_id]:
-                    self.tasks.append(env_id)
+        self.cases = {case: rows.set_index("seed").sort_index() for case, rows in self.runs.groupby(CASE)}
+        self.reference = pd.Series({env_id: scores.mean() for env_id in study.environments
+                                    if len(scores := self.of(study.reference, env_id, study.clean))})
+        # Tasks are those where the reference has learned more than nothing: else there is no scale.
+        self.tasks = [env_id for env_id, score in self.reference.items() if score > self.random[env_id]]
+        self.pairs = [(a, b) for a, b in study.comparisons if a in study.methods and b in study.methods]
+        self.drawn = [method for method in study.methods if method not in chain(*study.families.values())]
 
-    def of(self, method: str, env_id: str, condition: str) -> np.ndarray:
+    def of(self, *case: str) -> np.ndarray:
         """Final scores (seeds,) of the finished runs."""
-        found = self.scores.get((method, env_id, condition), {})
-        return np.array([found[seed] for seed in sorted(found)])
+        return self.cases[case].score.to_numpy(float) if case in self.cases else np.zeros(0)
 
     def normalized(self, method: str, condition: str) -> np.ndarray | None:
         """(seeds, tasks) of the seeds that are finished on every task; None if these are fewer than two."""
-        runs = [self.scores.get((method, env_id, condition), {}) for env_id in self.tasks]
-        seeds = sorted(set.intersection(*map(set, runs))) if runs else []
-        if len(seeds) < 2:
+        cases = [(method, env_id, condition) for env_id in self.tasks]
+        if not cases or any(case not in self.cases for case in cases):
             return None
-        scores = np.array([[run[seed] for run in runs] for seed in seeds])
-        random, reference = (np.array([of[env] for env in self.tasks]) for of in (self.random, self.reference))
-        return (scores - random) / (reference - random)
+        scores = pd.concat([self.cases[case].score for case in cases], axis=1, join="inner").to_numpy(float)
+        random, reference = (of[self.tasks].to_numpy() for of in (self.random, self.reference))
+        return (scores - random) / (reference - random) if len(scores) > 1 else None
 
 
 def report(study: Study, folder: Path, command: str) -> None:
     """Writes `report.md` and its figures into `folder`, beside the tables."""
     results = Results(study, folder)
-    if not results.runs:
-        raise StudyError(f"no run of {study.name} is finished")
-    sections = [head(results, command), raw_scores(results), raw_differences(results)]
-    if study.clean and len(study.conditions) > 1:
-        sections.append(losses_by_noise(results))
-    sections += [aggregates(results), measured_coverage(results), spreads(results), weights(results)]
-    sections += [sign_flips(results), figures(results)]
-    (folder / "report.md").write_text("\n\n".join(filter(None, sections)) + "\n")
+    sections = (raw_scores, raw_differences, aggregates, measured_coverage, spreads, weights, sign_flips, figures)
+    parts = head(results, command) + [part for section in sections for part in section(results)]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print(folder / "report.md")
 
 
-def head(results: Results, command: str) -> str:
-    study = results.study
-    seeds = [len(results.of(*key)) for key in results.scores]
-    per_cell = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{max(seeds)}"
-    steps = sorted({int(row["steps"]) for row in results.runs})
-    lines = [
+def head(results: Results, command: str) -> list[str]:
+    study, seeds = results.study, sorted({len(runs) for runs in results.cases.values()})
+    n_missing, n_runs = len(results.missing), len(results.runs)
+    kinds = dict(method=study.methods, environment=study.environments, condition=study.conditions)
+    counts = ", ".join(f"{len(names)} {kind}{'s' * (len(names) > 1)}" for kind, names in kinds.items())
+    parts = [
         f"# {study.name}", study.question, f"How β was fixed: {study.beta}",
-        f"It stands on {len(results.runs)} runs: {plural(len(study.methods), 'method')}, "
-        f"{plural(len(study.environments), 'environment')}, {plural(len(study.conditions), 'condition')} "
-        f"({', '.join(study.conditions)}), {per_cell} seeds each, "
-        f"{' or '.join(f'{n:,}' for n in steps)} environment steps. A run's score is the mean raw return of the "
-        f"evaluation after its last update. Intervals are 95 % intervals; those of a difference that contain zero are "
-        f"called ties. Of many intervals about one in twenty excludes zero by chance.",
+        f"It stands on {n_runs} runs: {counts} ({', '.join(study.conditions)}), "
+        f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds each, "
+        f"{' or '.join(f'{n:,}' for n in sorted(set(results.runs.steps)))} environment steps. A run's score is the "
+        f"mean raw return of the evaluation after its last update. Intervals are 95 % intervals; those of a difference "
+        f"that contain zero are called ties. Of many intervals about one in twenty excludes zero by chance.",
     ]
-    if results.missing:
-        names = [cell.name for cell in results.missing]
-        shown = ", ".join(f"`{name}`" for name in names[:12]) + (", …" if len(names) > 12 else "")
-        lines.append(f"**{len(names)} of {len(names) + len(results.runs)} runs are missing** ({shown}). "
-                     f"`{command}` completes them.")
-    else:
-        lines.append(f"All of its runs are finished. `{command}` repeats them.")
-    return "\n\n".join(lines)
+    if n_missing == 0:
+        return [*parts, f"All of its runs are finished. `{command}` repeats them."]
+    shown = ", ".join(f"`{cell.name}`" for cell in results.missing[:12]) + ", …" * (n_missing > 12)
+    return [*parts, f"**{n_missing} of {n_missing + n_runs} runs are missing** ({shown}). `{command}` completes them."]
 
 
-def raw_scores(results: Results) -> str:
+def raw_scores(results: Results) -> list[str]:
     study, parts = results.study, ["## Scores", "Mean raw score over seeds with its t interval."]
+    shown = {case: f"{interval(contrast((1, rows.score)))}, n = {len(rows)}" for case, rows in results.cases.items()}
     for condition in study.conditions:
-        rows = []
-        if condition == study.clean:
-            rows.append(["uniform policy, 100 episodes",
-                         *(number(results.random[e]) if e in results.random else "–" for e in study.environments)])
-        for method in study.methods:
-            cells = []
-            for env_id in study.environments:
-                scores = results.of(method, env_id, condition)
-                cells.append(f"{interval(contrast([(1, scores)]))}, n = {len(scores)}" if len(scores) else "–")
-            rows.append([method, *cells])
+        random = ["uniform policy, 100 episodes", *map(number, results.random[study.environments])]
+        rows = [random] * (condition == study.clean)
+        rows += [[method, *(shown.get((method, env_id, condition), "–") for env_id in study.environments)]
+                 for method in study.methods]
         parts.append(f"**{condition}**\n\n" + table(["method", *study.environments], rows))
-    if study.clean:
-        parts.append(f"Normalised scores count the uniform policy as 0 and the mean of {study.reference}, "
-                     f"{study.clean}, as 1.")
-    if lost := [env_id for env_id in results.reference if env_id not in results.tasks]:
-        parts.append(f"**Not in the aggregates**: {', '.join(lost)}, where {study.reference} does not beat the uniform "
-                     f"policy.")
-    return "\n\n".join(parts)
+    one = f"{study.reference}, {study.clean},"
+    parts.append(f"Normalised scores count the uniform policy as 0 and the mean of {one} as 1.")
+    if lost := [env_id for env_id in results.reference.index if env_id not in results.tasks]:
+        why = f"{study.reference} does not beat the uniform policy"
+        parts.append(f"**Not in the aggregates**: {', '.join(lost)}, where {why}.")
+    return parts
 
 
-def method_pairs(study: Study) -> list[tuple[str, str]]:
-    return [(a, b) for a, b in study.comparisons if a in study.methods and b in study.methods]
-
-
-def drawn_methods(study: Study) -> list[str]:
-    """Those that are not one of many settings in a grid."""
-    return [method for method in study.methods if all(method not in members for members in study.families.values())]
-
-
-def raw_differences(results: Results) -> str:
-    study, rows, counts = results.study, [], []
-    for a, b in method_pairs(study):
-        verdicts = []
-        for env_id in study.environments:
-            for condition in study.conditions:
-                x, y = (results.of(method, env_id, condition) for method in (a, b))
-                if len(x) and len(y):
-                    difference = contrast([(1, x), (-1, y)])
-                    verdicts.append(verdict(difference, higher(a, b)))
-                    n = f"{len(x)}, {len(y)}"
-                    rows.append([f"{a} − {b}", env_id, condition, n, interval(difference, sign="+"), verdicts[-1]])
-        counts.append(f"- {a} − {b}: " + (", ".join(f"{verdicts.count(v)} × {v}" for v in dict.fromkeys(verdicts))
-                                           or "no runs yet"))
-    if not counts:
-        return ""
+def raw_differences(results: Results) -> list[str]:
+    """Of scores, and of what noise costs: more robust is what loses less, and not what scores higher with noise."""
+    study, rows, counts, noise_rows = results.study, [], [], []
+    for a, b in results.pairs:
+        verdicts = Counter()
+        for env_id, condition in product(study.environments, study.conditions):
+            x, y, *clean = (results.of(m, env_id, at) for at in (condition, study.clean) for m in (a, b))
+            if len(x) and len(y):
+                shown = difference(contrast((1, x), (-1, y)), a, b, "higher")
+                verdicts[shown[1]] += 1
+                rows.append([f"{a} − {b}", env_id, condition, f"{len(x)}, {len(y)}", *shown])
+            if condition != study.clean and all(map(len, (x, y, *clean))):
+                losses = [contrast((1, before), (-1, after)) for before, after in zip(clean, (x, y))]
+                gap = contrast((1, clean[0]), (-1, x), (-1, clean[1]), (1, y))
+                noise_rows.append([f"{a}, {b}", env_id, condition, *map(interval, losses),
+                                   *difference(gap, b, a, "loses less")])
+        counts.append(f"- {a} − {b}: " + (", ".join(f"{n} × {v}" for v, n in verdicts.items()) or "no runs yet"))
     header = ["difference", "environment", "condition", "seeds", "raw score (Welch t interval)", "verdict"]
-    return "\n\n".join(["## Differences, task by task", "\n".join(counts), table(header, rows)])
+    parts = ["## Differences, task by task", "\n".join(counts), table(header, rows)] if counts else []
+    if noise_rows:
+        header = ["methods", *header[1:3], "loss of the first", "loss of the second", "difference", "verdict"]
+        parts += ["## Lost by noise",
+                  f"Score without noise ({study.clean}) minus score with it, for both methods, and the difference of "
+                  f"these losses. The second method is the more robust one where it is positive, whatever the scores "
+                  f"(Welch t intervals).", table(header, noise_rows)]
+    return parts
 
 
-def losses_by_noise(results: Results) -> str:
-    """More robust is what loses less: a difference of differences, and not the higher score with noise."""
-    study, rows = results.study, []
-    for a, b in method_pairs(study):
-        for env_id in study.environments:
-            for condition in study.conditions:
-                if condition == study.clean:
-                    continue
-                groups = [results.of(method, env_id, at) for method in (a, b) for at in (study.clean, condition)]
-                if all(map(len, groups)):
-                    losses = [contrast([(1, groups[i]), (-1, groups[i + 1])]) for i in (0, 2)]
-                    gap = contrast(list(zip((1, -1, -1, 1), groups)))
-                    rows.append([f"{a}, {b}", env_id, condition, *map(interval, losses), interval(gap, sign="+"),
-                                 verdict(gap, less_lost(a, b))])
-    text = (f"Score without noise ({study.clean}) minus score with it, for both methods, and the difference of these "
-            f"losses. The second method is the more robust one where it is positive, whatever the scores (Welch t "
-            f"intervals).")
-    header = ["methods", "environment", "condition", "loss of the first", "loss of the second", "difference", "verdict"]
-    return "\n\n".join(["## Lost by noise", text, table(header, rows)])
-
-
-def aggregates(results: Results) -> str:
+def aggregates(results: Results) -> list[str]:
     study, two = results.study, "{:.2f}".format
     if not results.tasks:
-        return f"## Aggregates\n\nNone: they need finished runs of {study.reference}, {study.clean or 'without noise'}."
+        return ["## Aggregates", f"None: they need finished runs of {study.reference} without noise."]
     text = (f"Normalised scores on {', '.join(results.tasks)}, of the seeds that are finished on all of them: "
             f"interquartile mean (IQM), its difference, and the probability that a run of the first method beats one "
             f"of the second (1/2 is a tie). Stratified bootstrap over seeds ({REPS:,} resamples), percentile "
             f"intervals; tasks, uniform policy and reference are held fixed. Where all runs of one beat all runs of "
             f"the other the interval of the probability has no width: resampling cannot know better.")
-    rows = []
-    for condition in study.conditions:
-        for method in study.methods:
-            scores = results.normalized(method, condition)
-            if scores is not None:
-                estimate = bootstrap(iqm_contrast(1), scores)
-                rows.append([condition, method, str(len(scores)), interval(estimate, two)])
+    rows, pair_rows, noise_rows = [], [], []
+    for condition, method in product(study.conditions, study.methods):
+        if (x := results.normalized(method, condition)) is not None:
+            rows.append([condition, method, str(len(x)), interval(bootstrap(iqm_contrast(1), x), two)])
+    for (a, b), condition in product(results.pairs, study.conditions):
+        x, y, *clean = (results.normalized(method, at) for at in (condition, study.clean) for method in (a, b))
+        if x is not None and y is not None:
+            gap, wins = bootstrap(iqm_contrast(1, -1), x, y), bootstrap(improvement, x, y)
+            judged = *difference(gap, a, b, "higher", show=two), interval(wins, two), verdict(wins, a, b, "higher", 0.5)
+            pair_rows.append([f"{a} − {b}", condition, f"{len(x)}, {len(y)}", *judged])
+        if condition != study.clean and all(scores is not None for scores in (x, y, *clean)):
+            loss = bootstrap(iqm_contrast(1, -1, -1, 1), clean[0], x, clean[1], y)
+            noise_rows.append([f"{a}, {b}", condition, *difference(loss, b, a, "loses less", show=two)])
     parts = ["## Aggregates", text, table(["condition", "method", "seeds", "IQM"], rows)]
-    rows, noise_rows = [], []
-    for a, b in method_pairs(study):
-        for condition in study.conditions:
-            x, y = (results.normalized(method, condition) for method in (a, b))
-            if x is None or y is None:
-                continue
-            gap = bootstrap(iqm_contrast(1, -1), x, y)
-            wins = bootstrap(lambda x, y: np.array([improvement(x, y)]), x, y)
-            rows.append([f"{a} − {b}", condition, f"{len(x)}, {len(y)}",
-                         interval(gap, two, "+"), verdict(gap, higher(a, b)),
-                         interval(wins, two), verdict(wins, higher(a, b), 0.5)])
-            before = [results.normalized(method, study.clean) for method in (a, b)]
-            if condition != study.clean and before[0] is not None and before[1] is not None:
-                loss = bootstrap(iqm_contrast(1, -1, -1, 1), before[0], x, before[1], y)
-                noise_rows.append([f"{a}, {b}", condition, interval(loss, two, "+"),
-                                   verdict(loss, less_lost(a, b))])
-    header = ["difference", "condition", "seeds", "of IQMs", "verdict", "probability of improvement", "verdict"]
-    parts.append(table(header, rows) if rows else "No comparison has two seeds of both methods on all tasks yet.")
+    if pair_rows:
+        header = ["difference", "condition", "seeds", "of IQMs", "verdict", "probability of improvement", "verdict"]
+        parts.append(table(header, pair_rows))
     if noise_rows:
         parts += ["What noise costs the first method minus what it costs the second, in IQM:",
                   table(["methods", "condition", "difference of the losses", "verdict"], noise_rows)]
-    return "\n\n".join(parts)
+    return parts
 
 
-def measured_coverage(results: Results) -> str:
-    sizes = [s.shape for m in results.study.methods for c in results.study.conditions
-             if (s := results.normalized(m, c)) is not None]
-    if not sizes:
-        return ""
+def measured_coverage(results: Results) -> list[str]:
+    scores = (results.normalized(*case) for case in product(results.study.methods, results.study.conditions))
+    if not (sizes := [x.shape for x in scores if x is not None]):
+        return []
     seeds, tasks = min(sizes)
     trials = 1000 if seeds * tasks <= 100 else 300
-    shapes = ("normal", "some runs fail")
-    measured = [coverage(seeds, tasks, shape, trials) for shape in shapes]
-    rows = [[name, *(f"{cover[name]:.3f} ± {1.96 * (cover[name] * (1 - cover[name]) / trials) ** 0.5:.3f}"
-                     for cover in measured)] for name in measured[0]]
+    shares = coverage(seeds, tasks, trials)
+    half = 1.96 * (shares * (1 - shares) / trials) ** 0.5
+    rows = [[name, *map("{:.3f} ± {:.3f}".format, shares.loc[name], half.loc[name])] for name in shares.index]
     text = (f"How often these intervals contain zero (a half) when two methods do not differ, on {trials:,} synthetic "
-            f"studies with this one's {seeds} seeds and {plural(tasks, 'task')}. 0.95 is what they claim; what is "
-            f"missing to it are false verdicts. In the second column three runs in ten end near the uniform policy.")
-    return "\n\n".join(["## Measured coverage", text, table(["interval", *shapes], rows)])
+            f"studies with this one's {seeds} seeds and {tasks} task{'s' * (tasks > 1)}. 0.95 is what they claim; what "
+            f"is missing to it are false verdicts. In the second column three runs in ten end near the uniform policy.")
+    return ["## Measured coverage", text, table(["interval", *shares], rows)]
 
 
-def spreads(results: Results) -> str:
+def spreads(results: Results) -> list[str]:
     """How much the setting matters, for methods that a grid was expanded from."""
-    study, rows = results.study, []
-    matrices = {}
-    for family, members in study.families.items():
-        for env_id in study.environments:
-            for condition in study.conditions:
-                scores = [results.scores.get((member, env_id, condition), {}) for member in members]
-                scores = [s for s in scores if len(s) >= 2]
-                n = min(map(len, scores), default=0)
-                if len(scores) < 2:
-                    continue
-                matrix = np.array([[s[seed] for seed in sorted(s)[:n]] for s in scores]).T
-                matrices[family, env_id, condition] = matrix
-                means = matrix.mean(0)
-                numbers = map(number, (means.mean(), means.min(), means.max(), spread(matrix)))
-                rows.append([family, env_id, condition, f"{len(means)} × {n}", *numbers])
-    if not rows:
-        return ""
-    header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread"]
+    study, rows, gaps, matrices = results.study, [], [], {}
+    for family, *case in product(study.families, study.environments, study.conditions):
+        samples = [x for member in study.families[family] if len(x := results.of(member, *case)) > 1]
+        if len(samples) > 1:
+            n = min(map(len, samples))
+            matrix = matrices[family, *case] = np.array([x[:n] for x in samples]).T
+            means = matrix.mean(0)
+            rows.append([family, *case, f"{len(means)} × {n}",
+                         *map(number, (means.mean(), means.min(), means.max(), spread(matrix)))])
+    for (a, b), *case in product(study.comparisons, study.environments, study.conditions):
+        if (a, *case) in matrices and (b, *case) in matrices:
+            gap = bootstrap(lambda x, y: spread(x) - spread(y), matrices[a, *case], matrices[b, *case])
+            gaps.append([f"{a} − {b}", *case, *difference(gap, a, b, "higher")])
     text = ("Over the settings of a grid, of mean scores over seeds. Spread: their standard deviation, without what "
             "the seeds' own variance adds to it. Its difference is bootstrapped over seeds, an approximation at few "
             "seeds.")
-    parts, rows = ["## Spread over settings", text, table(header, rows)], []
-    for a, b in study.comparisons:
-        for env_id in study.environments:
-            for condition in study.conditions:
-                x, y = (matrices.get((family, env_id, condition)) for family in (a, b))
-                if x is not None and y is not None:
-                    gap = bootstrap(lambda x, y: np.array([spread(x) - spread(y)]), x, y)
-                    rows.append([f"{a} − {b}", env_id, condition, interval(gap, sign="+"), verdict(gap, higher(a, b))])
-    if rows:
-        parts.append(table(["difference", "environment", "condition", "of spreads", "verdict"], rows))
-    return "\n\n".join(parts)
+    header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread"]
+    parts = ["## Spread over settings", text, table(header, rows)] if rows else []
+    return parts + [table(["difference", "environment", "condition", "of spreads", "verdict"], gaps)] * bool(gaps)
 
 
-def weights(results: Results) -> str:
+def weights(results: Results) -> list[str]:
     """Whether the controls do what they are for."""
-    study, rows = results.study, []
-    for method in drawn_methods(study):
-        cells = []
-        for env_id in study.environments:
-            found = [results.weights.get((method, env_id, condition)) for condition in study.conditions]
-            cells.append(", ".join(f"{np.mean(values):.3g}" if values else "–" for values in found))
-        rows.append([method, *cells])
-    if not rows:
-        return ""
+    study, shown = results.study, {case: f"{rows.mean_weight.mean():.3g}" for case, rows in results.cases.items()}
+    rows = [[method, *(", ".join(shown.get((method, env_id, condition), "–") for condition in study.conditions)
+                       for env_id in study.environments)] for method in results.drawn]
     text = (f"The mean factor on the plain policy gradient that the runs logged, by condition "
             f"({', '.join(study.conditions)}). A control has the one of the method that it is for, if pilot runs on "
             f"other seeds were enough to know it.")
-    return "\n\n".join(["## Mean weights", text, table(["method", *study.environments], rows)])
+    return ["## Mean weights", text, table(["method", *study.environments], rows)] if rows else []
 
 
-FLIPS = dict(flips_noise="by noise", flips_normalization="by normalisation")
-
-
-def sign_flips(results: Results) -> str:
+def sign_flips(results: Results) -> list[str]:
     study, rows, correlations = results.study, [], []
-    for env_id in study.environments:
-        for condition in [*study.conditions, None]:
-            runs = [r for r in results.runs if r["environment"] == env_id and condition in (r["condition"], None)]
-            scores = np.array([float(row["score"]) for row in runs])
-            flips = [np.array([float(row[name]) for row in runs]) for name in FLIPS]
-            if condition is not None and len(runs):
-                rows.append([env_id, condition, str(len(runs)), *(f"{x.mean():.3f}" for x in flips)])
-            if condition is not None or len(study.conditions) > 1:
-                estimates = [rank_correlation(x, scores) for x in flips]
-                correlations.append([env_id, condition or "all", str(len(runs)),
-                                     *(interval(e, "{:.2f}".format, "+") for e in estimates)])
+    shares = dict(flips_noise="by noise", flips_normalization="by normalisation")
+    for env_id, condition in product(study.environments, [*study.conditions, "all"]):
+        runs = results.runs[results.runs.environment == env_id]
+        runs = runs if condition == "all" else runs[runs.condition == condition]
+        shown = [env_id, condition, str(len(runs))]
+        if condition != "all" and len(runs):
+            rows.append([*shown, *(f"{runs[name].mean():.3f}" for name in shares)])
+        estimates = (rank_correlation(runs[name], runs.score) for name in shares)
+        correlations.append([*shown, *(interval(estimate, "{:.2f}".format, "+") for estimate in estimates)])
     text = ("Share of samples whose advantage changes sign by reward noise and by minibatch normalisation, mean over "
             "all updates and runs; then Spearman's ρ between a run's share and its final score, methods and seeds "
             "together, with its interval (Fisher's z). Across conditions it says little about causes: the noise moves "
             "both.")
-    names = list(FLIPS.values())
-    return "\n\n".join(["## Sign flips", text, table(["environment", "condition", "runs", *names], rows),
-                        table(["environment", "condition", "runs", *(f"ρ, {name}" for name in names)], correlations)])
+    header, names = ["environment", "condition", "runs"], shares.values()
+    return ["## Sign flips", text, table([*header, *names], rows),
+            table([*header, *(f"ρ, {name}" for name in names)], correlations)]
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
-
-
-def figures(results: Results) -> str:
+def figures(results: Results) -> list[str]:
     """Draws what there is to draw; returns the section that shows it."""
-    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    study, shown, drawn = results.study, [], drawn_methods(results.study)
-    if drawn:
-        learning_curves(results, drawn)
-        shown.append(("learning_curves", "Mean raw return of the evaluations over seeds, with its t interval at every "
-                                         "point where there are two seeds or more"))
-        if any(results.normalized(method, c) is not None for method in drawn for c in study.conditions):
-            profiles(results, drawn)
-            shown.append(("profiles", "Performance profiles: share of runs whose normalised score is above τ, with "
-                                      "stratified bootstrap intervals at every τ"))
-    if drawn and len(study.conditions) > 2:
-        dose_response(results, drawn)
-        shown.append(("dose_response", "Mean final score with its t interval, by condition"))
-    if study.families:
-        over_settings(results)
-        shown.append(("settings", "Mean final score of each setting against its mean weight, the factor on PPO's "
-                                  "gradient"))
-    if len(study.conditions) > 1:
-        flips_and_scores(results)
-        shown.append(("sign_flips", "A run's share of sign flips by noise against its final score"))
-    return "\n\n".join(["## Figures", *(f"![{text}]({name}.png)\n\n*{text}.*" for name, text in shown)])
-
-
-def panels(rows: int, columns: int):
-    return plt.subplots(rows, columns, figsize=(2.6 * columns + 1.2, 2.1 * rows + 0.4), squeeze=False,
-                        constrained_layout=True)
-
-
-def style(index: int) -> dict:
-    return dict(color=f"C{index % 10}", linestyle=("-", "--", ":")[index // 10 % 3])
-
-
-def save(figure, results: Results, name: str, axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside right upper")
-    figure.savefig(results.folder / f"{name}.png", dpi=150)
-    plt.close(figure)
-
-
-def learning_curves(results: Results, methods: list[str]) -> None:
-    study = results.study
-    points: dict = {}
-    for row in results.evaluations:
-        key = row["method"], row["environment"], row["condition"]
-        points.setdefault(key, {}).setdefault(int(row["step"]), []).append(float(row["score"]))
-    figure, grid = panels(len(study.environments), len(study.conditions))
-    for env_id, line in zip(study.environments, grid):
-        for condition, axes in zip(study.conditions, line):
-            for i, method in enumerate(methods):
-                curve = sorted(points.get((method, env_id, condition), {}).items())
-                steps = [step for step, _ in curve]
-                bands = np.array([contrast([(1, np.array(scores))]) for _, scores in curve]).reshape(-1, 3)
-                bands[np.isinf(bands)] = np.nan
-                axes.plot(steps, bands[:, 0], **style(i), lw=1, label=method)
-                axes.fill_between(steps, bands[:, 1], bands[:, 2], color=style(i)["color"], alpha=0.12, lw=0)
-            axes.set_title(f"{env_id}, {condition}", fontsize=8)
-            axes.set_xlabel("environment steps")
-    save(figure, results, "learning_curves", grid[0, 0])
-
-
-def profiles(results: Results, methods: list[str]) -> None:
-    conditions = list(results.study.conditions)
-    figure, grid = panels(1, len(conditions))
-    for condition, axes in zip(conditions, grid[0]):
-        for i, method in enumerate(methods):
-            scores = results.normalized(method, condition)
-            if scores is None:
-                continue
+    sns.set_theme(context="paper", style="ticks")
+    study, parts, size = results.study, ["## Figures"], dict(height=2.2, aspect=1.3, facet_kws=dict(sharey=False))
+    points, share = [], "share of runs above τ"
+    for method, condition in product(results.drawn, study.conditions):
+        if (scores := results.normalized(method, condition)) is not None:
             np.random.seed(0)
             value, band = library.create_performance_profile({"": scores}, TAUS, reps=500)
-            axes.plot(TAUS, value[""], **style(i), lw=1, label=method)
-            axes.fill_between(TAUS, *band[""], color=style(i)["color"], alpha=0.12, lw=0)
-        axes.set(title=condition, xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(0, 1.02))
-    save(figure, results, "profiles", grid[0, 0])
+            points += [(method, condition, *point) for line in (value[""], *band[""]) for point in zip(TAUS, line)]
+    points = pd.DataFrame(points, columns=["method", "condition", "τ", share])
 
+    def show(name: str, text: str, data: pd.DataFrame, **options) -> None:
+        figure = sns.relplot(data, **options, **size).set_titles(None, "{row_name}", "{col_name}", size=8)
+        figure.savefig(results.folder / f"{name}.png", dpi=150)
+        plt.close(figure.figure)
+        parts.extend([f"![{text}]({name}.png)", f"*{text}.*"])
 
-def dose_response(results: Results, methods: list[str]) -> None:
-    study, labels = results.study, list(results.study.conditions)
-    figure, grid = panels(1, len(study.environments))
-    for env_id, axes in zip(study.environments, grid[0]):
-        for i, method in enumerate(methods):
-            found = [(x, contrast([(1, scores)])) for x, condition in enumerate(labels)
-                     if len(scores := results.of(method, env_id, condition))]
-            x = [at + 0.04 * (i - len(methods) / 2) for at, _ in found]
-            error = [[value - low if np.isfinite(low) else 0 for _, (value, low, _) in found]] * 2
-            axes.errorbar(x, [value for _, (value, _, _) in found], error, **style(i), lw=1, capsize=2, label=method)
-        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-        axes.set_title(env_id, fontsize=8)
-    save(figure, results, "dose_response", grid[0, 0])
-
-
-def over_settings(results: Results) -> None:
-    study = results.study
-    figure, grid = panels(len(study.environments), len(study.conditions))
-    for env_id, line in zip(study.environments, grid):
-        for condition, axes in zip(study.conditions, line):
-            for i, (family, members) in enumerate(study.families.items()):
-                keys = [key for member in members if (key := (member, env_id, condition)) in results.scores]
-                x, y = [np.mean(results.weights[key]) for key in keys], [results.of(*key).mean() for key in keys]
-                axes.plot(x, y, "os^Dv"[i % 5], color=f"C{i}", ms=3, mfc="none", label=family)
-            axes.set(title=f"{env_id}, {condition}", xscale="log", xlabel="mean weight", ylabel="score")
-    save(figure, results, "settings", grid[0, 0])
-
-
-def flips_and_scores(results: Results) -> None:
-    study = results.study
-    figure, grid = panels(1, len(study.environments))
-    for env_id, axes in zip(study.environments, grid[0]):
-        for i, condition in enumerate(study.conditions):
-            rows = [r for r in results.runs if (r["environment"], r["condition"]) == (env_id, condition)]
-            x, y = ([float(row[name]) for row in rows] for name in ("flips_noise", "score"))
-            axes.plot(x, y, "o", color=f"C{i % 10}", ms=3, mfc="none", label=condition)
-        axes.set(title=env_id, xlabel="sign flips by noise", ylabel="final score")
-    save(figure, results, "sign_flips", grid[0, 0])
+    curves, finals = (rows[rows.method.isin(results.drawn)] for rows in (results.evaluations, results.runs))
+    if len(curves):
+        show("learning_curves", "Mean raw return of the evaluations over seeds, with its t interval at every point "
+             "where there are two seeds or more", curves, kind="line", x="step", y="score", hue="method",
+             row="environment", col="condition", errorbar=lambda x: contrast((1, x))[1:])
+    if len(points):
+        show("profiles", "Performance profiles: share of runs whose normalised score is above τ, with stratified "
+             "bootstrap intervals at every τ", points, kind="line", x="τ", y=share, hue="method", col="condition",
+             estimator="median", errorbar=("pi", 100))  # all of them: value, lower and upper bound
+    if len(finals) and len(study.conditions) > 2:
+        show("dose_response", "Mean final score with its t interval, by condition", finals, kind="line", x="condition",
+             y="score", hue="method", col="environment", errorbar=lambda x: contrast((1, x))[1:], err_style="bars")
+    if len(study.conditions) > 1:
+        show("sign_flips", "A run's share of sign flips by noise against its final score", results.runs,
+             x="flips_noise", y="score", hue="condition", col="environment")
+    return parts
