@@ -18,18 +18,17 @@ SENTENCES = [
 def make_tokenizer(pad: str = END) -> transformers.PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=list(dict.fromkeys((END, pad))))
+    bpe.train_from_iterator(SENTENCES, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=pad)
 
 
-def save_models(folder: Path, kind: str = "gpt2", dropout: float = 0.1) -> Path:
-    """`policy`, `proxy` (two classes), `scalar` (one output) and `prompts.csv` in `folder`."""
-    tokenizer = make_tokenizer()
+def save_models(folder: Path, kind: str = "gpt2", dropout: float = 0.1, pad: str = END) -> Path:
+    """`policy`, `proxy` (two classes), `scalar` (one output) and `prompts.csv` in `folder`. Weights do not depend on
+    dropout; responses of the policy often end after a few tokens, or at once."""
+    tokenizer = make_tokenizer(pad)
     torch.manual_seed(0)
-    end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
     if kind == "gpt2":
         rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         size = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
@@ -39,6 +38,7 @@ def save_models(folder: Path, kind: str = "gpt2", dropout: float = 0.1) -> Path:
         size |= {"max_position_embeddings": 64, "attention_dropout": dropout}
         config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **size, **end)
     models = {"policy": transformers.AutoModelForCausalLM.from_config(config)}
+    models["policy"].get_output_embeddings().weight.data[0] *= 3
     for name, labels in (("proxy", 2), ("scalar", 1)):
         (config := copy.deepcopy(config)).num_labels = labels
         models[name] = transformers.AutoModelForSequenceClassification.from_config(config)
