@@ -7,24 +7,23 @@ was sampled, r = π / π_old and A its advantage:
     forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)    PPO's clipped objective
     reverse = −m · A · Z · (1 − π) / π_old      after reverse cross-entropy; Z < 0 stands for log 0,
                                                 m is 1 where the clipped objective has a gradient, else 0
-    loss = α · forward + β · reverse + vf_coef · value loss + target_coef · target loss
+    loss = α · forward + β · reverse + vf_coef · value loss + target_coef · target loss (−log π of given texts)
 
 With α = 1, β = 0 this is PPO. The gradient of `reverse` is |Z| times that of `forward`: `--alpha` α + β|Z| `--beta 0`
 is the same but for rounding, the matched control. (For the plain reverse term take the logged `losses/mean_weight`
 instead of α + β|Z|.) Each iteration of `main`
 
     samples responses to batch_size prompts and scores them                        collect_responses
-    rewards tokens: minus kl_coef · log(π_old / π_ref), the last one the score     add_noise, token_rewards
+    rewards tokens: −kl_coef · log(π_old / π_ref), plus the score for the last     add_noise, token_rewards
     computes advantages A by GAE over tokens, returns = A + V                      gae
     in each epoch, for each minibatch, normalises A and steps down the loss        update, normalize, losses_of
 
 π_ref is the policy before training. What differs from the released code, and why: padding is left out of all means and
 of the normalisation, which is per minibatch; ends of text are trained, and an empty response has a reward; responses
-may end early, since a policy that must not end is not the one that is trained; the value loss is not clipped, weights
-do not decay, as in the other scripts; the target loss is off and imitates how a text goes on, there how it begins.
+may end early: forbidding the end would sample from another policy; the value loss is not clipped, weights do not decay,
+as in the siblings; the target loss is off, and its targets are how the prompts went on, there how they began.
 
     python sppo_rlhf.py --reward-label 1 --gold-model models/gold    # after benchmark/tiny_language.py
-    python sppo_rlhf.py --preset imdb
     python sppo_rlhf.py --resume runs/<run>
 """
 
@@ -76,19 +75,19 @@ class Args:
     reward_model: str = "models/proxy"  # a sequence classifier, with a tokenizer of its own
     reward_label: int | None = None  # the score is the probability of this class; None: the classifier's only output
     gold_model: str | None = None  # another such classifier, which only judges, at evaluations
-    prompts: str = "models/prompts.csv"  # .csv, .jsonl, .txt (a line each), or a data set's name on the hub
+    prompts: str = "models/prompts.csv"  # .csv, .jsonl, .txt (a line each), or a hub data set (pip install datasets)
     prompt_column: str = "prompt"  # the column with the prompts
     target_column: str = "target"  # the column with the texts that --target-coef imitates
     prompt_share: float = 1.0  # less than 1: the prompt is this share of a text's words, the rest is the target
     prompt_length: int = 64  # tokens; of longer prompts the end is kept
     response_length: int = 24  # tokens at most
     temperature: float = 1.0  # of the policy: divides the logits wherever probabilities are computed
-    top_k: int = 0  # sample among so many tokens; 0: all, which alone is the policy whose probabilities are computed
+    top_k: int = 0  # sample among the k likeliest tokens; 0: all. Probabilities are always computed over all
     seed: int = 1  # seed of the run: value head, prompts, samples, minibatches, noise
     total_episodes: int = 3200  # responses; the last incomplete batch is left out
     batch_size: int = 64  # responses per iteration
     num_minibatches: int = 4  # minibatches per epoch
-    micro_batch_size: int = 64  # responses per forward pass, at most: less memory, the same results
+    micro_batch_size: int = 64  # responses per pass of policy and value, at most: less memory, the same loss
     update_epochs: int = 4  # passes over each batch
     learning_rate: float = 1e-4  # step size of Adam
     lora_rank: int = 0  # rank of LoRA adapters, the only weights to be trained; 0: all weights are trained
@@ -123,7 +122,7 @@ def validate(args: Args) -> None:
         raise ValueError(f"--batch-size {args.batch_size} must divide by --num-minibatches and fit --total-episodes")
     if not args.Z < 0 <= min(args.alpha, args.beta, args.reward_noise) or not 0 <= args.advantage_noise <= 1:
         raise ValueError("--Z must be < 0, --alpha, --beta, --reward-noise must be ≥ 0, --advantage-noise in [0, 1]")
-    positions = getattr(transformers.AutoConfig.from_pretrained(args.model), "max_position_embeddings", 1e9)
+    positions = getattr(transformers.AutoConfig.from_pretrained(args.model), "max_position_embeddings", 10**9)
     if args.prompt_length + args.response_length > positions or min(args.prompt_length, args.response_length) < 1:
         raise ValueError(f"--prompt-length and --response-length must be ≥ 1 and fit {args.model}: {positions} tokens")
     for model in filter(None, (args.reward_model, args.gold_model)):
@@ -143,7 +142,7 @@ def read_prompts(args: Args) -> list[tuple[str, str]]:
                 rows = [json.loads(line) if kind == ".jsonl" else {args.prompt_column: line} for line in file]
     else:
         import datasets
-        rows = datasets.load_dataset(args.prompts, split="train")
+        rows = datasets.load_dataset(args.prompts, split="train").shuffle(seed=0)  # some are sorted by label
     needed = [args.prompt_column] + [args.target_column] * (args.target_coef > 0 and args.prompt_share == 1)
     if not len(rows) or not set(needed) <= rows[0].keys():
         raise ValueError(f"{args.prompts} has no column {' or no '.join(needed)}: see --prompt-column, --target-column")
@@ -182,9 +181,10 @@ class Judge:
 
     def __init__(self, name: str, label: int | None, device: torch.device):
         self.tokenizer, self.label = load_tokenizer(name), label
-        self.model = transformers.AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+        self.model = transformers.AutoModelForSequenceClassification.from_pretrained(name).to(device).float().eval()
         self.model.config.pad_token_id = self.tokenizer.pad_token_id  # GPT-2 finds the last token with it
-        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        positions = getattr(self.model.config, "max_position_embeddings", 10**9)
+        self.max_length = min(self.tokenizer.model_max_length, positions)
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> np.ndarray:
@@ -205,16 +205,17 @@ class LanguageAgent(nn.Module):
         self.policy.generation_config = transformers.GenerationConfig(
             do_sample=True, temperature=args.temperature, top_k=args.top_k, max_new_tokens=args.response_length,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-        self.value = transformers.AutoModelForTokenClassification.from_pretrained(args.model, num_labels=1, dtype=dtype)
-        if args.lora_rank:  # one network with two adapters would leave one of them without a gradient
+        self.value = transformers.AutoModel.from_pretrained(args.model, dtype=dtype)
+        self.value_head = nn.Linear(self.value.config.hidden_size, 1)
+        if args.lora_rank:  # not two adapters on one network: peft trains only the active one
             lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
             self.policy = peft.get_peft_model(self.policy, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
-            self.value = peft.get_peft_model(self.value, peft.LoraConfig(task_type="TOKEN_CLS", **lora))
+            self.value = peft.get_peft_model(self.value, peft.LoraConfig(task_type="FEATURE_EXTRACTION", **lora))
         self.reference = None if args.lora_rank else copy.deepcopy(self.policy).requires_grad_(False)
         self.eval()
 
     def inputs(self, tokens: torch.Tensor, attention: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Positions count from the first token that is no padding, as in `generate`; GPT-2 alone counts padding."""
+        """Positions count from the first token that is no padding, as in `generate`; by itself GPT-2 counts padding."""
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         return {"input_ids": tokens, "attention_mask": attention, "position_ids": positions, "use_cache": False}
 
@@ -231,8 +232,8 @@ class LanguageAgent(nn.Module):
 
     def values(self, tokens: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Values (batch, T) of the texts before each of the responses' tokens."""
-        values = self.value(**self.inputs(tokens, attention)).logits.squeeze(2).float()
-        return values[:, -self.response_length - 1 : -1]
+        hidden = self.value(**self.inputs(tokens, attention)).last_hidden_state[:, -self.response_length - 1 : -1]
+        return self.value_head(hidden.float()).squeeze(2).float()
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, importance_weighted=True):
     """The symmetric PPO loss α · forward + β · reverse, as above, and its two terms, each the mean over the batch. Not
@@ -286,8 +287,8 @@ def collect_responses(agent: LanguageAgent, tokenizer, judge: Judge, prompts, ar
     prompt, prompt_mask = (x.to(device) for x in encode(tokenizer, prompts, "left", args.prompt_length))
     response = agent.policy.generate(input_ids=prompt, attention_mask=prompt_mask)[:, prompt.shape[1] :]
     response = nn.functional.pad(response, (0, T - response.shape[1]), value=tokenizer.eos_token_id)
-    ends = response == tokenizer.eos_token_id  # not the padding token, which may be the same and can be sampled
-    mask = ends.cumsum(1) - ends.long() == 0
+    ends = response == tokenizer.eos_token_id  # not the padding token, which can be sampled before the end
+    mask = ends.cumsum(1) - ends.long() == 0  # no end before this token
     tokens, attention = torch.cat((prompt, response), 1), torch.cat((prompt_mask, mask.long()), 1)
     texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, attention.bool())]
     parts = list(zip(tokens.split(args.micro_batch_size), attention.split(args.micro_batch_size)))
@@ -315,16 +316,16 @@ def describe(rollout: Rollout) -> dict[str, float]:
     }
 
 def token_rewards(rollout: Rollout, scores: np.ndarray, kl_coef: float) -> np.ndarray:
-    """Rewards (T, batch): minus the KL penalty of each token, with the score on the response's last."""
+    """Rewards (T, batch): minus the KL penalty of each token, plus the score on the response's last."""
     penalties = kl_coef * (rollout.logprobs - rollout.ref_logprobs)
     return rollout.last.T.numpy(force=True) * scores - penalties.T.numpy(force=True)
 
 def with_targets(rollout: Rollout, tokenizer, targets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`tokens`, `attention` and `mask` of a rollout if the responses were targets, ended."""
     T, texts = rollout.mask.shape[1], [target + tokenizer.eos_token for target in targets]
-    options = {"padding": "max_length", "max_length": T, "padding_side": "right", "return_tensors": "pt"}
-    batch = tokenizer(texts, add_special_tokens=False, **options).to(rollout.mask.device)
-    target, mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+    padded = (nn.functional.pad(batch[key], (0, T))[:, :T] for key in ("input_ids", "attention_mask"))
+    target, mask = (x.to(rollout.mask.device) for x in padded)
     tokens, attention = rollout.tokens[:, :-T], rollout.attention[:, :-T]
     return torch.cat((tokens, target), 1), torch.cat((attention, mask), 1), mask.bool()
 
@@ -378,8 +379,8 @@ def save(path: Path, **state) -> None:
 
 def read_flags() -> tuple[Args, dict]:
     """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
-    kind = make_dataclass("Kind", [("preset", str | None, None)])  # first only this, on which the defaults depend
-    preset = tyro.cli(kind, return_unknown_args=True, add_help=False)[0].preset
+    only = make_dataclass("Only", [("preset", str | None, None)])  # first only this, on which the defaults depend
+    preset = tyro.cli(only, return_unknown_args=True, add_help=False)[0].preset
     args = tyro.cli(Args, default=Args(**PRESETS.get(preset, {})))
     saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True) if args.resume else {}
     return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})) if saved else args, saved
@@ -397,10 +398,10 @@ def main(args: Args, saved: dict | None = None) -> None:
     judge = Judge(args.reward_model, args.reward_label, device)
     gold = Judge(args.gold_model, args.reward_label, device) if args.gold_model else None
     optimizer = torch.optim.Adam(trained.values(), lr=args.learning_rate, eps=1e-5, fused=True)
-    agent.load_state_dict(saved.get("agent", {}), strict=False)  # the others are as they were
-    optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
+    agent.load_state_dict(saved.get("agent", {}), strict=False)  # frozen weights are not saved, but read from --model
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved.get("optimizer", {})})  # its settings are flags
     vars(score_stats).update({key: x.numpy() for key, x in saved.get("stats", {}).items()})
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)  # no stale weights
     name = f"{Path(args.model).name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
@@ -425,11 +426,10 @@ def main(args: Args, saved: dict | None = None) -> None:
         if saving := evaluation_due or checkpoint_due or bool(stop):
             writer.flush()  # a checkpoint's curves are on disk before it is
             save(run / "checkpoint.pt", args=asdict(args), iteration=iteration, agent=trained,
-                 optimizer=optimizer.state_dict(),
+                 optimizer=optimizer.state_dict()["state"],
                  stats={key: torch.tensor(x) for key, x in vars(score_stats).items()})  # fmt: skip
-        if last and not stop:
-            agent.policy.save_pretrained(run / "model")
-            tokenizer.save_pretrained(run / "model")
+        for part in (agent.policy, tokenizer) if last and not stop else ():
+            part.save_pretrained(run / "model")
         if (evaluation_due or iteration == 0) and not stop:
             with precision:
                 rollout = collect_responses(agent, tokenizer, judge, held_out, args, args.seed)
@@ -441,8 +441,8 @@ def main(args: Args, saved: dict | None = None) -> None:
             tqdm.write(f"score at {step} steps: {score} " + " ".join(f"{tag} {x:.3f}" for tag, x in measured.items()))
         if last or saving and stop:
             break
-
         start_time = time.time()
+        # Random streams follow from seed, iteration and a number: a resumed run draws the same.
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
         prompts, targets = zip(*(pairs[i] for i in act_rng.choice(len(pairs), batch_size, replace=False)))
         with precision:

@@ -77,7 +77,7 @@ def load(source: str, scale: str | None = None) -> Study:
     path = Path(source) if source.endswith(".toml") else STUDIES / f"{source}.toml"
     try:
         return build(tomllib.loads(path.read_text()), path.stem, scale)
-    except (StudyError, OSError, ValueError, TypeError, AttributeError) as error:  # these two: of a value's type
+    except (StudyError, OSError, ValueError, TypeError, AttributeError) as error:  # of values of another type
         raise StudyError(f"{path.name}: {error}") from None
 
 

@@ -102,9 +102,8 @@ def interval(estimate: tuple[float, float, float], show=number, plus: str = "") 
 def verdict(estimate: tuple[float, float, float], a: str, b: str, word: str, zero: float = 0) -> str:
     """Which of two methods is higher, say, or a tie, where a positive estimate speaks for a."""
     _, low, high = estimate
-    if np.isnan(low):
-        return "no verdict"
-    return "tie" if low <= zero <= high else f"{a if low > zero else b} {word}"
+    said = "tie" if low <= zero <= high else f"{a if low > zero else b} {word}"
+    return "no verdict" if np.isnan(low) else said
 
 
 def difference(estimate: tuple[float, float, float], *verdict_of, show=number) -> list[str]:
@@ -196,11 +195,11 @@ def raw_scores(results: Results) -> list[str]:
         rows += [[method, *(shown.get((method, env_id, condition), "–") for env_id in study.environments)]
                  for method in study.methods]
         parts.append(f"**{condition}**\n\n" + table(["method", *study.environments], rows))
-    one = f"{study.reference}, {study.clean},"
-    parts.append(f"Normalised scores count the uniform policy as 0 and the mean of {one} as 1.")
+    parts.append(f"Normalised scores count the uniform policy as 0 and the mean of {study.reference}, {study.clean}, "
+                 f"as 1.")
     if lost := [env_id for env_id in results.reference.index if env_id not in results.tasks]:
-        why = f"{study.reference} does not beat the uniform policy"
-        parts.append(f"**Not in the aggregates**: {', '.join(lost)}, where {why}.")
+        parts.append(f"**Not in the aggregates**: {', '.join(lost)}, where {study.reference} does not beat the uniform "
+                     f"policy.")
     return parts
 
 

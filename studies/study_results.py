@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def finish(folder: Path, **record) -> None:
 
 
 def mean(values: list[float]) -> float:
-    return statistics.fmean(values) if values else float("nan")
+    return float(np.mean(values)) if values else np.nan
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -58,9 +57,11 @@ def means(points: dict[str, list[tuple[int, float]]], after=0, until=np.inf) -> 
 def mean_weights(study: Study, folder: Path) -> dict[tuple[str, str, str], str]:
     """w̄ by method, environment and condition: the mean of its pilot runs, once these are finished."""
     weights, pilots = {}, filter(lambda cell: cell.pilot, study.cells)
-    for key, cells in itertools.groupby(pilots, lambda cell: (cell.method, cell.env_id, cell.condition)):
-        if all(records := [finished(folder / cell.name) for cell in cells]):
-            weights[key] = f"{mean([record['mean_weight'] for record in records]):.4g}"
+    for key, group in itertools.groupby(pilots, lambda cell: (cell.method, cell.env_id, cell.condition)):
+        runs = [(folder / cell.name, finished(folder / cell.name)) for cell in group]
+        if all(record for _, record in runs):
+            values = [record.get("mean_weight") or means(scalars(run))["mean_weight"] for run, record in runs]
+            weights[key] = f"{mean(values):.4g}"
     return weights
 
 
@@ -121,7 +122,7 @@ def random_scores(study: Study, results: Path) -> None:
     for env_id in study.environments:
         if all(row["environment"] != env_id for row in rows):
             returns = play_uniformly(env_id, 100)
-            rows.append(dict(environment=env_id, episodes=100, mean=mean(returns), std=statistics.pstdev(returns)))
+            rows.append(dict(environment=env_id, episodes=100, mean=mean(returns), std=float(np.std(returns))))
     write_table(path, rows)
 
 
