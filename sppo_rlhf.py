@@ -146,7 +146,7 @@ def read_prompts(args: Args) -> list[tuple[str, str]]:
     needed = [args.prompt_column] + [args.target_column] * (args.target_coef > 0 and args.prompt_share == 1)
     if not len(rows) or not set(needed) <= rows[0].keys():
         raise ValueError(f"{args.prompts} has no column {' or no '.join(needed)}: see --prompt-column, --target-column")
-    pairs = [(row[args.prompt_column].strip(), row.get(args.target_column) or "") for row in rows]
+    pairs = [((row.get(args.prompt_column) or "").strip(), row.get(args.target_column) or "") for row in rows]
     if args.prompt_share < 1:
         cuts = [(words := text.split(), int(len(words) * args.prompt_share)) for text, _ in pairs]
         pairs = [(" ".join(words[:cut]), " " + " ".join(words[cut:])) for words, cut in cuts]
@@ -488,7 +488,7 @@ if __name__ == "__main__":
     try:
         args, saved = read_flags()
         validate(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"{Path(__file__).name}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     main(args, saved)
