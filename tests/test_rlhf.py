@@ -579,10 +579,11 @@ def test_a_run_trains_on_what_it_collected_and_holds_prompts_out(make, tmp_path,
     rows = [(prompt, f" {prompt[i]}") for i, prompt in enumerate(prompts)]
     (tmp_path / "prompts.csv").write_text("\n".join(",".join(row) for row in [("prompt", "target"), *rows]))
     args = make(prompts=str(tmp_path / "prompts.csv"), prompt_length=48, target_coef=0.1, kl_coef=0.3)
-    collect_responses, update, rollouts, batches = script.collect_responses, script.update, [], []
+    collect_responses, update, rollouts, batches, agents = script.collect_responses, script.update, [], [], []
     monkeypatch.setattr(script, "collect_responses", lambda *x: rollouts.append(collect_responses(*x)) or rollouts[-1])
-    monkeypatch.setattr(script, "update", lambda *x: batches.append(x[2]) or update(*x))
+    monkeypatch.setattr(script, "update", lambda *x: agents.append(x[0]) or batches.append(x[2]) or update(*x))
     train(tmp_path, args)
+    assert not any(module.training for module in agents[0].modules())
     first, *rollouts, last = rollouts
     for rollout in (first, last):
         assert all(text.startswith(prompt) for text, prompt in zip(rollout.texts, prompts[:6], strict=True))
@@ -609,13 +610,16 @@ def test_a_run_can_be_repeated_and_evaluations_do_not_change_it(make, tmp_path):
 
 
 def test_noise_is_in_units_of_the_scores_deviation_and_not_reported(make, tmp_path, monkeypatch):
-    add_noise, seen = script.add_noise, []
+    add_noise, update, seen, batches = script.add_noise, script.update, [], []
     monkeypatch.setattr(script, "add_noise", lambda *x: seen.append(x[:2]) or add_noise(*x))
-    points = scalars(train(tmp_path, make(reward_noise=0.5)))
+    monkeypatch.setattr(script, "update", lambda *x: batches.append(x[2]) or update(*x))
+    points = scalars(train(tmp_path, make(reward_noise=0.5, kl_coef=0.0)))
     scores = np.stack([scores for scores, _ in seen])
     for i, (_, std) in enumerate(seen):
         assert std == pytest.approx(0.5 * scores[: i + 1].std(), rel=1e-3)
     assert [value for _, value in points["objective/score"]] == pytest.approx(scores.mean(1))
+    rewards = [returns[range(8), mask.sum(1) - 1].numpy() for _, _, mask, _, _, returns in batches]  # on the last token
+    assert 0.3 < ((np.stack(rewards) - scores) / [[std] for _, std in seen]).std() < 2
     assert sum(value for _, value in points["advantage/sign_flips_noise"]) > 0
 
 
@@ -640,6 +644,15 @@ def test_a_run_with_lora_goes_on_where_it_was(flags, make, tmp_path, monkeypatch
     train(tmp_path / "parts", script.Args(**saved["args"] | {"resume": str(parts)}), saved)
     same_checkpoint(parts, run)
     assert scalars(parts) == {tag: [x for x in series if x[0] > 16] for tag, series in scalars(run).items()}
+
+
+def test_a_longer_run_learns_at_the_rate_that_is_typed(make, tmp_path):
+    run = train(tmp_path, make())
+    saved = checkpoint_of(run)
+    flags = {"resume": str(run), "total_episodes": 40, "learning_rate": 0.0}
+    train(tmp_path, script.Args(**saved["args"] | flags), saved)
+    assert checkpoint_of(run)["iteration"] == 5
+    torch.testing.assert_close(checkpoint_of(run)["agent"], saved["agent"], rtol=0, atol=0)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, monkeypatch):
