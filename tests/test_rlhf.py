@@ -18,7 +18,7 @@ import textbook
 import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import END, SENTENCES, save_models
+from tiny_models import END, SENTENCES, make_tokenizer, save_models
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sppo_rlhf as script
@@ -44,6 +44,11 @@ def models(tmp_path_factory):
         save_models(folder / f"{kind} without dropout", kind, dropout=0.0)
         save_models(folder / f"{kind} with much dropout", kind, dropout=0.5)
     save_models(folder / "gpt2 with a padding token", pad="<pad>")
+    for name, labels in (("proxy", 2), ("scalar", 1)):  # sees what follows, other than the rest
+        size = dict(dim=32, hidden_dim=64, n_layers=1, n_heads=2, max_position_embeddings=64, initializer_range=0.2)
+        config = transformers.DistilBertConfig(vocab_size=60, num_labels=labels, **size)
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "bert" / name)
+        make_tokenizer().save_pretrained(folder / "bert" / name)
     return folder
 
 
@@ -165,7 +170,7 @@ def test_a_padded_row_is_the_row_alone(kind, lora_rank, make):
 
 
 @pytest.mark.parametrize("name, label", [("proxy", 0), ("proxy", 1), ("scalar", None)])
-@KINDS
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt2 with a padding token", "bert"])
 def test_the_reward_of_a_text_depends_on_it_alone(kind, name, label, models):
     folder = models / kind / name
     judge = script.Judge(str(folder), label, torch.device("cpu"))
@@ -331,6 +336,7 @@ def test_every_parameter_has_a_gradient_but_those_of_the_reference(kind, lora_ra
     assert {name.split(".")[0] for name in parameters} == {"policy", "value", "value_head"}
     assert [name for name, parameter in parameters.items() if not parameter.grad.any()] == []
     if lora_rank:
+        assert {network.peft_config["default"].lora_alpha for network in (agent.policy, agent.value)} == {16.0}
         assert all("lora_" in name or "value_head" in name for name in parameters)
     else:
         assert all(name in parameters for name, _ in agent.named_parameters() if not name.startswith("reference"))
@@ -443,7 +449,8 @@ def test_advantages_are_a_textbooks_for_each_response(gamma, gae_lambda, make):
 @pytest.mark.parametrize("target_coef", [0.0, 0.3])
 @AGENTS
 def test_an_update_is_a_textbooks_and_does_not_depend_on_micro_batches(kind, lora_rank, target_coef, make):
-    args = make(kind, lora_rank=lora_rank, target_coef=target_coef, max_grad_norm=0.1, kl_coef=0.3)
+    args = make(kind, lora_rank=lora_rank, target_coef=target_coef, max_grad_norm=0.1, kl_coef=0.3, advantage_noise=0.3)
+    args.norm_adv = kind == "gpt2"
     agent, tokenizer, judge = load(args)
     rollout = collect(agent, tokenizer, judge, args, ENDINGS)
     batch = batch_of(rollout, args)
@@ -458,10 +465,10 @@ def test_an_update_is_a_textbooks_and_does_not_depend_on_micro_batches(kind, lor
     rng, norms, flips = np.random.default_rng(1), [], []
     for _ in range(args.update_epochs):
         for rows in np.split(rng.permutation(8), 2):
-            rng.random(sum(LENGTHS[row] for row in rows))  # for --advantage-noise
             part = [x[rows] for x in batch]
-            A = part[4][part[2]]
-            normalized = (A - A.mean()) / A.std()
+            signs = np.where(rng.random(sum(LENGTHS[row] for row in rows)) < args.advantage_noise, -1, 1)
+            A = part[4][part[2]] * torch.from_numpy(signs)
+            normalized = (A - A.mean()) / A.std() if args.norm_adv else A
             part[4] = torch.zeros(4, T).masked_scatter(part[2], normalized)
             optimizer.zero_grad()
             script.losses_of(agent, *part, args=args)[0].backward()
@@ -549,14 +556,15 @@ LOGGED |= {"losses/mean_weight", "losses/explained_variance", "advantage/sign_fl
 
 @AGENTS
 def test_a_whole_run(kind, lora_rank, make, tmp_path, capsys):
-    flags = dict(target_coef=0.1, eval_interval=16, advantage_noise=0.2, top_k=0 if lora_rank else 9)
-    args = make(kind, lora_rank=lora_rank, **flags)
+    flags = dict(target_coef=0.1, eval_interval=16, Z=-2.0, top_k=0 if lora_rank else 9)
+    args = make(kind, lora_rank=lora_rank, importance_weighted_reverse=kind == "gpt2", **flags)
     run = train(tmp_path, args)
     points, events = scalars(run), EventAccumulator(str(run)).Reload()
     assert points.keys() == LOGGED and np.isfinite([value for series in points.values() for _, value in series]).all()
     assert [step for step, _ in points["losses/policy_loss"]] == [8, 16, 24, 32]
     assert [step for step, _ in points["eval/score"]] == [1, 17, 33]
-    assert points["losses/mean_weight"][0][1] == pytest.approx(0.9)
+    weights = [weight for _, weight in points["losses/mean_weight"]]
+    assert weights == pytest.approx([0.5 + 0.4 * 2] * 4) if kind == "gpt2" else max(weights) < 0.5 + 0.4 * 2 * 0.5
     (before, *_, after) = events.Tensors("eval/samples/text_summary")
     assert (before.step, after.step) == (1, 33)
     output = capsys.readouterr().out
@@ -582,10 +590,12 @@ def test_a_run_trains_on_what_it_collected_and_holds_prompts_out(make, tmp_path,
     collect_responses, update, rollouts, batches, agents = script.collect_responses, script.update, [], [], []
     monkeypatch.setattr(script, "collect_responses", lambda *x: rollouts.append(collect_responses(*x)) or rollouts[-1])
     monkeypatch.setattr(script, "update", lambda *x: agents.append(x[0]) or batches.append(x[2]) or update(*x))
-    train(tmp_path, args)
+    gold_scores = scalars(train(tmp_path, args))["eval/gold_score"]
     assert not any(module.training for module in agents[0].modules())
     first, *rollouts, last = rollouts
-    for rollout in (first, last):
+    gold = script.Judge(args.gold_model, None, torch.device("cpu"))
+    for rollout, (_, score) in zip((first, last), gold_scores, strict=True):
+        assert score == pytest.approx(gold(rollout.texts).mean())
         assert all(text.startswith(prompt) for text, prompt in zip(rollout.texts, prompts[:6], strict=True))
     drawn = []
     for rollout, batch in zip(rollouts, batches, strict=True):
