@@ -42,9 +42,9 @@ TINY = f"sppo_continuous.py --env-id tiny:Tiny-v0 --num-steps 16 {CONTROL} --che
 def start(folder: Path, command: str, env=(), **options) -> subprocess.Popen:
     """Starts a script, in quotes if need be, in `folder`."""
     script, *flags = shlex.split(command.removeprefix("python "))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")} | dict(env)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder, env=environment, **pipes | options)
+    usual = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": ""}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | usual | dict(env))
+    return subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder, **pipes | options)
 
 
 def run(*args, status: int = 0, **options) -> tuple[str, str]:
