@@ -1,8 +1,8 @@
 """Check it yourself: what the gradients of the symmetric losses are, on a real batch of a real environment.
 
-    python benchmark/loss_anatomy.py --env-id CartPole-v1
-    python benchmark/loss_anatomy.py --env-id HalfCheetah-v5 --checkpoint runs/<run>/checkpoint.pt
-    python benchmark/loss_anatomy.py --env-id ALE/Breakout-v5
+    python docs/loss_anatomy.py --env-id CartPole-v1
+    python docs/loss_anatomy.py --env-id HalfCheetah-v5 --checkpoint runs/<run>/checkpoint.pt
+    python docs/loss_anatomy.py --env-id ALE/Breakout-v5
 
 It trains for a few iterations (or loads a checkpoint of `sppo_atari.py` or `sppo_continuous.py`), plays one more batch,
 and updates on it, so that the policy moves away from π_old and samples get clipped. Then it takes, in float64 and for

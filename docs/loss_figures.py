@@ -1,6 +1,6 @@
 """The figures of docs/symmetric_loss.md, drawn from the gradients of the scripts' own loss functions.
 
-    python benchmark/loss_figures.py    # writes docs/figures/loss_*.png
+    python docs/loss_figures.py    # writes docs/figures/loss_*.png
 """
 
 import sys
