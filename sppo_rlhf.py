@@ -146,7 +146,7 @@ def read_prompts(args: Args) -> list[tuple[str, str]]:
     needed = [args.prompt_column] + [args.target_column] * (args.target_coef > 0 and args.prompt_share == 1)
     if not len(rows) or not set(needed) <= rows[0].keys():
         raise ValueError(f"{args.prompts} has no column {' or no '.join(needed)}: see --prompt-column, --target-column")
-    pairs = [(row[args.prompt_column].strip(), row.get(args.target_column) or "") for row in rows]
+    pairs = [((row.get(args.prompt_column) or "").strip(), row.get(args.target_column) or "") for row in rows]
     if args.prompt_share < 1:
         cuts = [(words := text.split(), int(len(words) * args.prompt_share)) for text, _ in pairs]
         pairs = [(" ".join(words[:cut]), " " + " ".join(words[cut:])) for words, cut in cuts]
@@ -329,13 +329,13 @@ def with_targets(rollout: Rollout, tokenizer, targets) -> tuple[torch.Tensor, to
     tokens, attention = rollout.tokens[:, :-T], rollout.attention[:, :-T]
     return torch.cat((tokens, target), 1), torch.cat((attention, mask), 1), mask.bool()
 
-def losses_of(agent, tokens, attention, mask, old_logprob, advantage, returns, *target, args: Args):
+def losses_of(agent, tokens, attention, mask, old_logprob, advantage, returns, *target, args: Args, target_weight=1):
     """The loss of some responses, means over their tokens without padding, and what is logged of it."""
     logprob, old_logprob = agent.logprobs(tokens, attention)[mask], old_logprob[mask]
     weighting = (args.alpha, args.beta, args.Z, args.clip_coef, args.importance_weighted_reverse)
     losses = symmetric_ppo_loss(logprob[:, None], old_logprob[:, None], advantage[mask], *weighting)
     value_loss = nn.functional.mse_loss(agent.values(tokens, attention)[mask], returns[mask])
-    target_loss = -agent.logprobs(*target[:2])[target[2]].mean() if target else torch.zeros_like(value_loss)
+    target_loss = -target_weight * agent.logprobs(*target[:2])[target[2]].mean() if target else value_loss.new_zeros(())
     ratio = (logratio := logprob - old_logprob).exp()
     clipped = ((ratio - 1).abs() > args.clip_coef).float()
     logged = (*losses, value_loss, target_loss, -logratio.mean(), (ratio - 1 - logratio).mean(), clipped.mean())
@@ -352,8 +352,8 @@ def update(agent: LanguageAgent, optimizer, batch, args: Args, rng: np.random.Ge
             minibatch = (tokens, attention, mask, old_logprob, advantage.masked_scatter(mask, normalized), *rest)
             logged = 0
             for part in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
-                share = part[2].sum() / mask.sum()  # of the minibatch's tokens: means of parts become its mean
-                loss, of_part = losses_of(agent, *part, args=args)
+                share, of_targets = (part[i].sum() / minibatch[i].sum() for i in (2, -1))  # parts' means become one
+                loss, of_part = losses_of(agent, *part, args=args, target_weight=of_targets / share)
                 (share * loss).backward()
                 logged = logged + share * of_part
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -488,7 +488,7 @@ if __name__ == "__main__":
     try:
         args, saved = read_flags()
         validate(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"{Path(__file__).name}: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     main(args, saved)

@@ -237,6 +237,22 @@ def test_padding_may_be_garbage(kind, lora_rank, make):
     close(results[0][1], results[1][1])
 
 
+def test_statistics_are_those_of_a_loop(make):
+    args = make()
+    rollout = collect(*load(args), args, ENDINGS)
+    logprobs, references, k1, pairs = [], [], [], []
+    for i, n in enumerate(LENGTHS):
+        logprobs += (new := rollout.logprobs[i, :n].double().tolist())
+        references += (old := rollout.ref_logprobs[i, :n].double().tolist())
+        k1.append(sum(new) - sum(old))
+        pairs += [(ENDINGS[i][j], ENDINGS[i][j + 1]) for j in range(n - 1)]
+    k3 = [np.exp(y - x) - 1 + x - y for x, y in zip(logprobs, references)]
+    expected = dict(score=rollout.scores.mean(), kl=np.mean(k1), kl_k3=sum(k3) / 8, entropy=-np.mean(logprobs),
+                    reference_perplexity=np.exp(-np.mean(references)), distinct_2=len(set(pairs)) / len(pairs),
+                    response_length=np.mean(LENGTHS), ended=7 / 8)  # fmt: skip
+    assert script.describe(rollout) == pytest.approx(expected, rel=1e-4)
+
+
 @AGENTS
 def test_kl_is_exactly_0_before_training(kind, lora_rank, make):
     args = make(kind, lora_rank=lora_rank)
@@ -558,6 +574,32 @@ def test_a_whole_run(kind, lora_rank, make, tmp_path, capsys):
     assert len(transformers.AutoTokenizer.from_pretrained(run / "model")) == len(tokenizer)
 
 
+def test_a_run_trains_on_what_it_collected_and_holds_prompts_out(make, tmp_path, monkeypatch):
+    prompts = [f"{one} and {other}" for one in SENTENCES[:4] for other in SENTENCES]
+    rows = [(prompt, f" {prompt[i]}") for i, prompt in enumerate(prompts)]
+    (tmp_path / "prompts.csv").write_text("\n".join(",".join(row) for row in [("prompt", "target"), *rows]))
+    args = make(prompts=str(tmp_path / "prompts.csv"), prompt_length=48, target_coef=0.1, kl_coef=0.3)
+    collect_responses, update, rollouts, batches, agents = script.collect_responses, script.update, [], [], []
+    monkeypatch.setattr(script, "collect_responses", lambda *x: rollouts.append(collect_responses(*x)) or rollouts[-1])
+    monkeypatch.setattr(script, "update", lambda *x: agents.append(x[0]) or batches.append(x[2]) or update(*x))
+    train(tmp_path, args)
+    assert not any(module.training for module in agents[0].modules())
+    first, *rollouts, last = rollouts
+    for rollout in (first, last):
+        assert all(text.startswith(prompt) for text, prompt in zip(rollout.texts, prompts[:6], strict=True))
+    drawn = []
+    for rollout, batch in zip(rollouts, batches, strict=True):
+        torch.testing.assert_close(batch[:6], batch_of(rollout, args))
+        chosen = [next(row for row in rows if text.startswith(row[0])) for text in rollout.texts]
+        assert len(set(chosen)) == 8 and not set(chosen) & set(rows[:6])
+        tokenizer = script.load_tokenizer(args.model)
+        responses = tokenizer.batch_decode([row[keep] for row, keep in zip(batch[6][:, -T:], batch[8])])
+        assert responses == [target + END for _, target in chosen]
+        assert torch.equal(batch[6][:, :-T], rollout.tokens[:, :-T])
+        drawn.append(frozenset(chosen))
+    assert len(set(drawn)) == 4
+
+
 def test_a_run_can_be_repeated_and_evaluations_do_not_change_it(make, tmp_path):
     results = []
     for i, flags in enumerate(({}, {}, {"eval_interval": 8}, {"seed": 4})):
@@ -568,14 +610,49 @@ def test_a_run_can_be_repeated_and_evaluations_do_not_change_it(make, tmp_path):
 
 
 def test_noise_is_in_units_of_the_scores_deviation_and_not_reported(make, tmp_path, monkeypatch):
-    add_noise, seen = script.add_noise, []
+    add_noise, update, seen, batches = script.add_noise, script.update, [], []
     monkeypatch.setattr(script, "add_noise", lambda *x: seen.append(x[:2]) or add_noise(*x))
-    points = scalars(train(tmp_path, make(reward_noise=0.5)))
+    monkeypatch.setattr(script, "update", lambda *x: batches.append(x[2]) or update(*x))
+    points = scalars(train(tmp_path, make(reward_noise=0.5, kl_coef=0.0)))
     scores = np.stack([scores for scores, _ in seen])
     for i, (_, std) in enumerate(seen):
         assert std == pytest.approx(0.5 * scores[: i + 1].std(), rel=1e-3)
     assert [value for _, value in points["objective/score"]] == pytest.approx(scores.mean(1))
+    rewards = [returns[range(8), mask.sum(1) - 1].numpy() for _, _, mask, _, _, returns in batches]  # on the last token
+    assert 0.3 < ((np.stack(rewards) - scores) / [[std] for _, std in seen]).std() < 2
     assert sum(value for _, value in points["advantage/sign_flips_noise"]) > 0
+
+
+def same_checkpoint(run, other):
+    """To the bit."""
+    saved, expected = checkpoint_of(run), checkpoint_of(other)
+    for key in ("iteration", "agent", "optimizer", "stats"):
+        torch.testing.assert_close(saved[key], expected[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flags", [dict(kind="llama"), dict(kind="llama", bf16=True), dict(kind="gpt2")])
+def test_a_run_with_lora_goes_on_where_it_was(flags, make, tmp_path, monkeypatch):
+    save, kept = script.save, []
+    monkeypatch.setattr(script, "save", lambda path, **state: save(path, **state) or kept.append(path.read_bytes()))
+    whole, parts = tmp_path / "whole", tmp_path / "parts" / "runs" / "run"
+    whole.mkdir()
+    run = train(whole, make(lora_rank=4, reward_noise=0.3, eval_interval=16, **flags))
+    assert len(kept) == 4
+    parts.mkdir(parents=True)
+    (parts / "checkpoint.pt").write_bytes(kept[1])  # of the second iteration
+    saved = checkpoint_of(parts)
+    train(tmp_path / "parts", script.Args(**saved["args"] | {"resume": str(parts)}), saved)
+    same_checkpoint(parts, run)
+    assert scalars(parts) == {tag: [x for x in series if x[0] > 16] for tag, series in scalars(run).items()}
+
+
+def test_a_longer_run_learns_at_the_rate_that_is_typed(make, tmp_path):
+    run = train(tmp_path, make())
+    saved = checkpoint_of(run)
+    flags = {"resume": str(run), "total_episodes": 40, "learning_rate": 0.0}
+    train(tmp_path, script.Args(**saved["args"] | flags), saved)
+    assert checkpoint_of(run)["iteration"] == 5
+    torch.testing.assert_close(checkpoint_of(run)["agent"], saved["agent"], rtol=0, atol=0)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, monkeypatch):
@@ -602,9 +679,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, monkeypatch):
     assert checkpoint_of(run)["iteration"] < 24
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
     train(folder, *script.read_flags())
-    (saved, expected) = checkpoint_of(run), checkpoint_of(whole)
-    for key in ("iteration", "agent", "optimizer", "stats"):
-        torch.testing.assert_close(saved[key], expected[key], rtol=0, atol=0)
+    same_checkpoint(run, whole)
     assert scalars(run) == scalars(whole)
 
 

@@ -28,7 +28,7 @@ def save_models(folder: Path, kind: str = "gpt2", dropout: float = 0.1, pad: str
     dropout; responses of the policy often end after a few tokens, or at once."""
     tokenizer = make_tokenizer(pad)
     torch.manual_seed(0)
-    end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
+    end = {"bos_token_id": 0, "eos_token_id": 0}  # no padding token, as in many a checkpoint
     if kind == "gpt2":
         rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         size = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
