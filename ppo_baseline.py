@@ -143,7 +143,7 @@ def channels_last(obs: np.ndarray) -> np.ndarray:
 def make_env(args: Args, **options) -> gym.Env:
     """The environment; observations that are no vector become one."""
     env = gym.make(args.env_id, **options)
-    env.action_space.seed(args.seed)
+    env.action_space.seed(args.seed), env.observation_space.seed(args.seed)
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 class RunningMeanStd:
@@ -486,7 +486,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # float32 is float32
     torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed)
+        set_seed(args.seed % 2**32)
     torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
     step_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
     if sys.platform == "linux":
@@ -548,7 +548,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
         random.seed(f"{args.seed} {iteration}")  # for environments that draw from global generators
-        np.random.seed([args.seed, iteration])
+        np.random.seed([args.seed % 2**32, iteration])
         with torch.autocast(device.type, torch.bfloat16, enabled=getattr(agent, "bf16", False)):  # casts weights once
             collect(envs, agent, rollout, act_rng)
         rewards = noise(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus

@@ -97,7 +97,7 @@ def validate(args: Args) -> None:
 def make_env(args: Args, **options) -> gym.Env:
     """The environment; observations that are no vector become one."""
     env = gym.make(args.env_id, **options)
-    env.action_space.seed(args.seed)
+    env.action_space.seed(args.seed), env.observation_space.seed(args.seed)
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 class RunningMeanStd:
@@ -354,7 +354,7 @@ def main(args: Args, saved: dict | None = None) -> None:
     torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
     step_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed)
+        set_seed(args.seed % 2**32)
     # Random streams follow from seed, iteration and a number: a resumed run draws the same, but begins new episodes.
     seeds = np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs)
     envs = Environments(args, seeds, saved.get("stats", ()))
@@ -401,7 +401,7 @@ def main(args: Args, saved: dict | None = None) -> None:
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
         act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
         random.seed(f"{args.seed} {iteration}")  # for environments that draw from global generators
-        np.random.seed([args.seed, iteration])
+        np.random.seed([args.seed % 2**32, iteration])
         collect_episodes(envs, agent, rollout, act_rng)
         bootstraps, noisy = args.gamma * rollout.bootstraps, add_noise(rollout.rewards, args.reward_noise, noise_rng)
         context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)

@@ -69,7 +69,70 @@ def train(args: Args, reward: str, method: str, seed: int) -> None:
     print(done.stdout.splitlines()[-1], command, flush=True)
 
 
+def interval(one, other=None) -> tuple[float, float, float]:
+    """Mean and 95 % interval (t) of a sample, or of the difference of two (Welch)."""
+    from scipy import stats
+
+    test = stats.ttest_1samp(one, 0) if other is None else stats.ttest_ind(one, other, equal_var=False)
+    low, high = test.confidence_interval()
+    return one.mean() - (0 if other is None else other.mean()), low, high
+
+
+def report() -> None:
+    """Prints the tables of docs/language_models.md and draws its figures."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    table = pd.read_csv(RESULTS)
+    measures = ["gold_score", "score", "kl", "distinct_2", "reference_perplexity"]
+    runs = ["reward", "method", "seed"]
+    table = table.sort_values([*runs, "step"])
+    keys = table.groupby(runs, as_index=False).first()[runs]
+    before, after = table.groupby(runs)[measures].first(), table.groupby(runs)[measures].last()
+    before, after = before.reset_index(drop=True), after.reset_index(drop=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, reward in zip(axes, keys["reward"].unique()):
+        print(f"\n### {reward}\n\n| method | seeds | " + " | ".join(measures) + " |\n|" + "---|" * 7)
+        rows = {method: ((keys["reward"] == reward) & (keys["method"] == method)).to_numpy() for method in METHODS}
+        rows = {method: row for method, row in rows.items() if row.any()}
+        start = before[(keys["reward"] == reward).to_numpy()]
+        print(f"| before | {len(start)} | " + " | ".join(f"{start[x].mean():.3g}" for x in measures) + " |")
+        for method, row in rows.items():
+            cells = ("{:.3g} ({:.3g} to {:.3g})".format(*interval(after[row][x])) for x in measures)
+            print(f"| {method} | {row.sum()} | " + " | ".join(cells) + " |")
+        print("\n| difference | " + " | ".join(measures) + " |\n|" + "---|" * 6)
+        pairs = [("SPPO", "PPO"), ("SPPO", "matched control"), ("plain SPPO", "mean-weight control"),
+                 ("plain SPPO", "PPO"), ("PPO without KL", "PPO")]  # fmt: skip
+        gains = (after - before)[rows["PPO"]]
+        found = {"PPO: after − before": [interval(gains[x]) for x in measures]}
+        for one, other in (pair for pair in pairs if set(pair) <= set(rows)):
+            found[f"{one} − {other}"] = [interval(after[rows[one]][x], after[rows[other]][x]) for x in measures]
+        for name, intervals in found.items():
+            print(f"| {name} | " + " | ".join("{:+.3g} ({:+.3g} to {:+.3g})".format(*x) for x in intervals) + " |")
+        drawn = [(name, intervals[0]) for name, intervals in found.items()]
+        for y, (_, (mean, low, high)) in enumerate(drawn):
+            axis.errorbar(mean, -y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
+        axis.set_yticks([-y for y in range(len(drawn))], [name for name, _ in drawn])
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=f"reward: {reward}", xlabel="difference of the gold score, 95 % interval")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "figures" / "language_differences.png", dpi=120)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, reward in zip(axes, keys["reward"].unique()):
+        for color, method in enumerate(("PPO", "SPPO", "PPO without KL")):
+            means = table[(table["reward"] == reward) & (table["method"] == method)].groupby("step")[measures].mean()
+            axis.plot(means["kl"], means["gold_score"], "o-", color=f"C{color}", markersize=3, label=f"{method}: gold")
+            axis.plot(means["kl"], means["score"], "--", color=f"C{color}", label=f"{method}: the reward")
+        axis.set(title=f"reward: {reward}", xlabel="KL to the reference (nats a response)", xscale="symlog")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("mean score of held-out prompts")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "figures" / "language_gold_kl.png", dpi=120)
+
+
 def main(args: Args) -> None:
+    if args.report:
+        return report()
     runs = itertools.product(args.seeds, args.rewards, args.methods)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda run: train(args, run[1], run[2], run[0]), runs))

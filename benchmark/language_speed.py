@@ -4,7 +4,7 @@
     python benchmark/language_speed.py --pairs 5
 
 Both train all weights on 64 prompts per iteration, 24 tokens each, four minibatches, four epochs, one output as reward.
-An iteration's time is that of a run of 12 iterations less that of a run of 2, over 10: without loading and evaluation."""
+An iteration's time is that of a run of 12 iterations less that of a run of 2, over 10: loading is left out."""
 
 import os
 import subprocess
@@ -49,9 +49,10 @@ def train_trl(models: Path, iterations: int) -> None:
     value, reward = (AutoModelForSequenceClassification.from_pretrained(models / "scalar", num_labels=1) for _ in "vr")
     config = PPOConfig(
         output_dir="runs", per_device_train_batch_size=16, gradient_accumulation_steps=4, num_mini_batches=4,
-        num_ppo_epochs=4, total_episodes=64 * iterations, response_length=24, temperature=1.0, kl_coef=0.02, use_cpu=True,
-        learning_rate=1e-4, stop_token="eos", local_rollout_forward_batch_size=64, num_sample_generations=0, bf16=False,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no")  # fmt: skip
+        num_ppo_epochs=4, total_episodes=64 * iterations, response_length=24, temperature=1.0, kl_coef=0.02,
+        learning_rate=1e-4, stop_token="eos", local_rollout_forward_batch_size=64, num_sample_generations=0,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+        logging_strategy="no")  # fmt: skip
     data = datasets.Dataset.from_dict({"input_ids": tokens})
     PPOTrainer(
         args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,

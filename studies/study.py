@@ -65,7 +65,7 @@ def run_locked(cell: Cell, command: str, folder: Path, threads: int, lock: int) 
         log.unlink(missing_ok=True)
         shutil.rmtree(folder / "runs", ignore_errors=True)
         write_atomically(begun, command)
-    modules = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))  # of environments of one's own
+    modules = os.pathsep.join(map(os.path.abspath, ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
     for _ in range(STARTS):
         checkpoint = next((folder / "runs").glob("*/checkpoint.pt"), None)
         if not checkpoint:

@@ -254,12 +254,12 @@ def test_an_evaluation_is_repeatable_and_changes_nothing(cartpole):
 
 
 class Unusual(gym.Env):
-    """Observations of any shape, rewards that are arrays with one number; the 25th of an episode is not finite."""
+    """Observations of any shape, rewards that are arrays with one number. The last ones of an episode can be given."""
 
     action_space = gym.spaces.Box(-1, 1, (2, 2))
 
-    def __init__(self, observation_space, last_reward):
-        self.observation_space, self.last_reward = observation_space, last_reward
+    def __init__(self, observation_space, last_reward=25.0, last_but_one_obs=None):
+        self.observation_space, self.last_reward, self.obs = observation_space, last_reward, last_but_one_obs
 
     def reset(self, seed=None, options=None):
         self.steps = 0
@@ -270,15 +270,19 @@ class Unusual(gym.Env):
         assert action in self.action_space
         self.steps += 1
         reward = np.array([self.steps if self.steps < 25 else self.last_reward])
-        return self.observation_space.sample(), reward, False, self.steps == 25, {}
+        obs = self.observation_space.sample() if self.obs is None or self.steps != 24 else self.obs
+        return obs, reward, False, self.steps == 25, {}
 
 
 MATRIX = gym.spaces.Box(-1, 1, (2, 3))
 DICT = gym.spaces.Dict(position=MATRIX, gear=gym.spaces.Discrete(3))
 for name, kwargs in {
-    "Matrix": dict(observation_space=MATRIX, last_reward=25.0),
-    "Dict": dict(observation_space=DICT, last_reward=25.0),
-    "NaN": dict(observation_space=MATRIX, last_reward=np.nan),
+    "Matrix": dict(observation_space=MATRIX),
+    "Dict": dict(observation_space=DICT),
+    "NaNReward": dict(observation_space=MATRIX, last_reward=np.nan),
+    "InfiniteReward": dict(observation_space=MATRIX, last_reward=-np.inf),
+    "NaNObservation": dict(observation_space=MATRIX, last_but_one_obs=np.full((2, 3), np.nan)),
+    "InfiniteObservation": dict(observation_space=MATRIX, last_but_one_obs=np.full((2, 3), np.inf)),
 }.items():
     gym.register(f"test/{name}-v0", Unusual, disable_env_checker=True, kwargs=kwargs)
 
@@ -304,7 +308,10 @@ def test_observations_become_vectors_and_rewards_numbers(name, size, tmp_path, m
     assert f"score at 64 steps: {sum(range(26)):.2f} ± 0.00" in capsys.readouterr().out
 
 
-def test_rewards_that_are_not_finite_are_named(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*(NaN|bounds|inf)")
+@pytest.mark.parametrize("name", ["NaNReward", "InfiniteReward", "NaNObservation", "InfiniteObservation"])
+def test_what_is_not_finite_in_an_environment_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FloatingPointError, match=r"rollout\.rewards\.mean\(\)=\S*nan"):
-        main(Args(env_id="test/NaN-v0", **SMALL))
+    array = "rewards" if "Reward" in name else "obs"
+    with pytest.raises(FloatingPointError, match=rf"step=0, .*rollout\.{array}\.mean\(\)=\S*nan"):
+        main(Args(env_id=f"test/{name}-v0", **SMALL))

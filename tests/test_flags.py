@@ -42,7 +42,7 @@ REFUSED = [  # scripts, flags, what the line says
     (GAMES, "--env-id CartPole-v1", "--env-id CartPole-v1 is not an Atari game"),
     ("sppo_continuous", "--env-id ALE/Breakout-v5", "ALE"),
     (TASKS, "--env-id CarRacing-v3", "--env-id CarRacing-v3 shows images"),
-    *((TASKS, f"--env-id test/{name}-v0", f"--env-id test/{name}-v0 ")
+    *((TASKS, f"--env-id test/{name}-v0", "is not Discrete or of finite, real bounds")
       for name in "Unbounded HalfBounded Largest Integers MultiDiscrete Tuple".split()),
     (EVERY, "--total-timesteps 79", "--total-timesteps"),
     (GAMES, "--num-steps 1", "steps"),

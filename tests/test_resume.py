@@ -42,9 +42,9 @@ TINY = f"sppo_continuous.py --env-id tiny:Tiny-v0 --num-steps 16 {CONTROL} --che
 def start(folder: Path, command: str, env=(), **options) -> subprocess.Popen:
     """Starts a script, in quotes if need be, in `folder`."""
     script, *flags = shlex.split(command.removeprefix("python "))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")} | dict(env)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder, env=environment, **pipes | options)
+    usual = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": ""}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | usual | dict(env))
+    return subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder, **pipes | options)
 
 
 def run(*args, status: int = 0, **options) -> tuple[str, str]:
@@ -208,7 +208,7 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path):
     ways = {  # environment, options, does something close its standard output?
         "head": ({}, pipe, True),
         "closed": ({}, dict(preexec_fn=functools.partial(os.close, 1)), False),
-        "ascii": ({"PYTHONIOENCODING": "ascii"}, pipe, False),
+        "ascii": ({"PYTHONIOENCODING": "ascii"}, pipe, False),  # has no ± and no γ
         "full": ({}, dict(stdout=open("/dev/full", "w"), stderr=open("/dev/full", "w")), False),
     }
     processes = []
@@ -221,6 +221,24 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path):
         errors = process.stderr.read() if process.stderr else ""
         assert process.wait(60) == 0, errors
         assert checkpoint_of(tmp_path / name)["iteration"] == 4 and "Error" not in errors
+        assert name != "ascii" or "score at 64 steps: " in process.stdout.read()
+
+
+def test_ctrl_c_may_end_tee_first(tmp_path):
+    """`2>&1 | tee log`. What is printed after that is lost, and nothing else."""
+    process = start(tmp_path, f"{TINY} --total-timesteps 640000 --eval-interval 16", stderr=subprocess.STDOUT)
+    wait_for_checkpoint(process, tmp_path, 2)
+    process.stdout.close()
+    before = checkpoint_of(tmp_path)["iteration"]
+    wait_for_checkpoint(process, tmp_path, before + 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+
+
+def test_help_into_a_closed_pipe_is_no_error(tmp_path):
+    process = start(tmp_path, "sppo_continuous.py --help")
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 0)
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -417,6 +435,45 @@ def test_a_failing_evaluation_loses_nothing(script, folder, monkeypatch):
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [129]
 
 
+SIGNAL = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
+
+
+@ALL
+@pytest.mark.parametrize("event, at, iteration", [(SIGNAL, 1, 0), (SIGNAL, 5, 4), (sys.exit, 5, 4)],
+                         ids=["before training", "after it", "failing"])  # fmt: skip
+def test_an_evaluation_is_ended_by_a_signal_and_comes_after_the_checkpoint(
+    script, env, event, at, iteration, folder, monkeypatch
+):
+    """The rehearsal of one step, and the final one, within this step."""
+    steps = []
+    for agent in [kind for name, kind in vars(script).items() if name.endswith("Agent")]:
+
+        def watched_act(self, obs, *noise, act=agent.act):
+            if len(obs) == 1:  # in training there are two environments
+                steps.append(obs)
+                if len(steps) == at:
+                    event()
+            return act(self, obs, *noise)
+
+        monkeypatch.setattr(agent, "act", watched_act)
+    with pytest.raises(SystemExit) as stop:
+        script.main(make_args(script, env, checkpoint_interval=0))
+    assert len(steps) == at and stop.value.code == (None if event is sys.exit else 128 + signal.SIGUSR1)
+    assert checkpoint_of(folder)["iteration"] == iteration and "eval/episodic_return" not in scalars(folder)
+
+
+@ALL
+def test_a_video_that_cannot_be_written_shows_before_training(script, env, folder, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no ffmpeg")
+
+    monkeypatch.setattr(tiny.Tiny, "render", lambda self: np.zeros((64, 64, 3), np.uint8))
+    monkeypatch.setattr("imageio.get_writer", fail)
+    monkeypatch.setattr(script, "update", None)  # is not called
+    with pytest.raises(OSError, match="no ffmpeg"):
+        script.main(make_args(script, env, capture_video=True))
+
+
 @CONTINUOUS
 @pytest.mark.parametrize("kind, flags", [("single", {}), ("render", {"capture_video": True})])
 def test_what_an_evaluation_needs_is_tried_first(kind, flags, script, folder, monkeypatch):
@@ -450,11 +507,11 @@ def test_environments_with_randomness_of_their_own_can_be_repeated(script, folde
 
 @ALL
 def test_seeds_of_environments_fit_31_bits(script, env, folder, monkeypatch):
-    """Some take no others. They are new for new episodes, the same for each evaluation."""
+    """Some take no others. They are new for new episodes, the same for each evaluation. The run's may be longer."""
     seeds, name = [], "Games" if env == GAME else "Environments"
     kind = getattr(script, name)
     monkeypatch.setattr(script, name, lambda args, given, *rest: seeds.append(given) or kind(args, given, *rest))
-    args = make_args(script, env, num_envs=8, total_timesteps=128, seed=2**32 - 1)
+    args = make_args(script, env, num_envs=8, total_timesteps=128, seed=2**40)
     script.main(args)
     resume(script, folder, total_timesteps=256)
     (first, second), evaluations = [x for x in seeds if len(x) == 8], [x.tolist() for x in seeds if len(x) == 1]

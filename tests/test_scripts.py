@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -168,3 +169,21 @@ import {script}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["sppo_continuous", "ppo_baseline"])
+def test_numpy_computes_with_one_thread_unless_told_otherwise(script, tmp_path):
+    """--torch-threads does not govern OpenBLAS. It starts its threads when NumPy is imported; torch's come with use."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import {script}
+print(os.environ["OPENBLAS_NUM_THREADS"], len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    for told in ({}, {"OPENBLAS_NUM_THREADS": "3"}):
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment | told, capture_output=True, text=True
+        )
+        number, threads = result.stdout.split()
+        assert number == told.get("OPENBLAS_NUM_THREADS", "1") and (told or threads == "1")

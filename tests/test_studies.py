@@ -484,10 +484,14 @@ def test_a_study_continues_from_its_tables(smoke, tmp_path):
     assert again["runs.csv"].splitlines()[:-1] == tables["runs.csv"].splitlines()[:-1]
 
 
-def test_a_real_script_is_resumed(tmp_path):
-    """In an environment of one's own, from a module in this folder."""
+def test_a_real_script_is_resumed(tmp_path, monkeypatch):
+    """In an environment of one's own, from a module in this folder that needs one from a folder in PYTHONPATH."""
+    (tmp_path / "modules").mkdir()
+    monkeypatch.setenv("PYTHONPATH", "modules")
+    (tmp_path / "modules/limits.py").write_text("LIMIT = 500\n")
     (tmp_path / "mine.py").write_text(
-        'import gymnasium\ngymnasium.register("Pole-v0", "gymnasium.envs.classic_control:CartPoleEnv", None, 500)\n'
+        "import gymnasium\nimport limits\n"
+        'gymnasium.register("Pole-v0", "gymnasium.envs.classic_control:CartPoleEnv", None, limits.LIMIT)\n'
     )
     text = (STUDIES / "smoke.toml").read_text().split("[pilot]")[0].replace("seeds = 2", "seeds = 1")
     text = "\n".join(line for line in text.splitlines() if not re.match('"(DSPPO|PPO mean)|comparisons', line))

@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import time
 
 import gymnasium as gym
@@ -13,12 +12,11 @@ class Tiny(gym.Env):
     """Episodes of 16 steps without randomness. From step AT of this process on there is TROUBLE."""
 
     metadata = {"render_modes": ["rgb_array"]}
-    observation_space = gym.spaces.Box(-1, 1, (2,))
-    action_space = gym.spaces.Box(-1, 1, (1,))
     steps, alive, seeds = 0, 0, set()
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
+        self.observation_space, self.action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
         Tiny.alive += 1
         if self.trouble() == "single" and Tiny.alive > 1:
             raise RuntimeError("there can only be one")
@@ -27,7 +25,9 @@ class Tiny(gym.Env):
         return os.environ.get("TROUBLE") if Tiny.steps >= int(os.environ.get("AT", 0)) else None
 
     def observe(self):
-        return np.float32([np.cos(self.t), random.random() if self.trouble() == "random" else np.sin(self.t)])
+        if self.trouble() == "random":
+            return self.observation_space.sample() * np.float32(random.random() * np.random.rand())
+        return np.float32([np.cos(self.t), np.sin(self.t)])
 
     def reset(self, seed=None, options=None):
         Tiny.seeds.add(seed)
@@ -45,9 +45,7 @@ class Tiny(gym.Env):
         elif trouble == "nan":
             reward = float("nan")
         elif trouble == "random":
-            reward += np.random.randn()
-        elif trouble == "signal" and Tiny.steps == int(os.environ["AT"]):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            reward += self.action_space.sample().item()
         return self.observe(), reward, False, self.t >= 16 and trouble != "endless", {}
 
     def render(self):

