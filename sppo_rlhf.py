@@ -60,7 +60,7 @@ PRESETS = {  # the released runs' settings; their value loss has a factor of 1/2
         learning_rate=5e-6, gamma=0.99, kl_coef=0.001),
     "tldr": dict(model="CarperAI/openai_summarize_tldr_sft", tokenizer="gpt2", reward_model="jdchang/tldr_rm_adapter",
         prompts="CarperAI/openai_summarize_tldr", target_column="label", prompt_length=500, response_length=50,
-        total_episodes=200 * 64, micro_batch_size=4, lora_rank=8, lora_alpha=64, learning_rate=5e-6, kl_coef=0.002,
+        total_episodes=200 * 64, micro_batch_size=4, update_epochs=4, lora_rank=8, lora_alpha=64, learning_rate=5e-6, kl_coef=0.002,
         vf_coef=0.05, beta=0.2, bf16=True),
 }  # fmt: skip
 Rollout = namedtuple("Rollout", "tokens attention mask last ended texts scores logprobs ref_logprobs values")
@@ -84,12 +84,12 @@ class Args:
     temperature: float = 1.0  # of the policy: divides the logits wherever probabilities are computed
     top_k: int = 0  # sample among the k likeliest tokens; 0: all. Probabilities are always computed over all
     seed: int = 1  # seed of the run: value head, prompts, samples, minibatches, noise
-    total_episodes: int = 3200  # responses; the last incomplete batch is left out
+    total_episodes: int = 1920  # responses; the last incomplete batch is left out
     batch_size: int = 64  # responses per iteration
     num_minibatches: int = 4  # minibatches per epoch
     micro_batch_size: int = 64  # responses per pass of policy and value, at most: less memory, the same loss
-    update_epochs: int = 4  # passes over each batch
-    learning_rate: float = 1e-4  # step size of Adam
+    update_epochs: int = 2  # passes over each batch
+    learning_rate: float = 2e-4  # step size of Adam
     lora_rank: int = 0  # rank of LoRA adapters, the only weights to be trained; 0: all weights are trained
     lora_alpha: float = 16.0  # adapters are multiplied by this over their rank
     gamma: float = 1.0  # discount factor γ per token

@@ -31,7 +31,7 @@ METHODS = {
     "SPPO": "--alpha 0.5 --beta 0.4",
     "matched control": "--alpha 0.9 --beta 0",
     "plain SPPO": "--alpha 0.5 --beta 0.4 --no-importance-weighted-reverse",
-    "mean-weight control": "--alpha 0.6 --beta 0",
+    "mean-weight control": "--alpha 0.54 --beta 0",
     "PPO without KL": "--alpha 1 --beta 0 --kl-coef 0",
 }
 
@@ -44,7 +44,7 @@ class Args:
     rewards: tuple[str, ...] = ("proxy", "weak_proxy")  # reward models in it
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    flags: str = "--total-episodes 3840 --eval-interval 384 --torch-threads 1"  # of every run
+    flags: str = "--eval-interval 384 --bf16 --torch-threads 1"  # of every run
     jobs: int = 2  # runs at the same time
     report: bool = False  # only tables and figures
 
