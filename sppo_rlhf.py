@@ -60,8 +60,8 @@ PRESETS = {  # the released runs' settings; their value loss has a factor of 1/2
         learning_rate=5e-6, gamma=0.99, kl_coef=0.001),
     "tldr": dict(model="CarperAI/openai_summarize_tldr_sft", tokenizer="gpt2", reward_model="jdchang/tldr_rm_adapter",
         prompts="CarperAI/openai_summarize_tldr", target_column="label", prompt_length=500, response_length=50,
-        total_episodes=200 * 64, micro_batch_size=4, update_epochs=4, lora_rank=8, lora_alpha=64, learning_rate=5e-6, kl_coef=0.002,
-        vf_coef=0.05, beta=0.2, bf16=True),
+        total_episodes=200 * 64, micro_batch_size=4, update_epochs=4, lora_rank=8, lora_alpha=64,
+        learning_rate=5e-6, kl_coef=0.002, vf_coef=0.05, beta=0.2, bf16=True),
 }  # fmt: skip
 Rollout = namedtuple("Rollout", "tokens attention mask last ended texts scores logprobs ref_logprobs values")
 
