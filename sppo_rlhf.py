@@ -122,6 +122,8 @@ def validate(args: Args) -> None:
         raise ValueError(f"--batch-size {args.batch_size} must divide by --num-minibatches and fit --total-episodes")
     if not args.Z < 0 <= min(args.alpha, args.beta, args.reward_noise) or not 0 <= args.advantage_noise <= 1:
         raise ValueError("--Z must be < 0, --alpha, --beta, --reward-noise must be ≥ 0, --advantage-noise in [0, 1]")
+    if (prompts := len(read_prompts(args))) < args.eval_episodes + args.batch_size:
+        raise ValueError(f"{args.prompts}: {prompts} prompts are fewer than --eval-episodes and --batch-size together")
     positions = getattr(transformers.AutoConfig.from_pretrained(args.model), "max_position_embeddings", 10**9)
     if args.prompt_length + args.response_length > positions or min(args.prompt_length, args.response_length) < 1:
         raise ValueError(f"--prompt-length and --response-length must be ≥ 1 and fit {args.model}: {positions} tokens")
@@ -129,8 +131,6 @@ def validate(args: Args) -> None:
         labels = transformers.AutoConfig.from_pretrained(model).num_labels
         if labels > 1 and args.reward_label not in range(labels):
             raise ValueError(f"{model} has {labels} classes: choose one by --reward-label 0 to {labels - 1}")
-    if (prompts := len(read_prompts(args))) < args.eval_episodes + args.batch_size:
-        raise ValueError(f"{args.prompts}: {prompts} prompts are fewer than --eval-episodes and --batch-size together")
 
 def read_prompts(args: Args) -> list[tuple[str, str]]:
     """(prompt, target) of each row that has a prompt."""
