@@ -162,7 +162,7 @@ for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix"
     sys.modules[name] = None
 for module, names in ((os, "sched_setscheduler SCHED_BATCH fork"), (signal, "SIGHUP SIGUSR1")):
     for name in names.split():
-        delattr(module, name)
+        vars(module).pop(name, None)
 sys.path.insert(0, {str(ROOT)!r})
 import {script}
 """

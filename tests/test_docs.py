@@ -1,0 +1,140 @@
+"""README and docs: links lead somewhere, commands parse, the README is short. Nothing is fetched, nothing runs."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parent.parent
+README, WORKFLOW = ROOT / "README.md", ROOT / ".github" / "workflows" / "tests.yml"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmark" / "README.md"]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [*PAGES, WORKFLOW]}
+FIGURES = sorted((ROOT / "docs" / "figures").iterdir())
+COMMAND = re.compile(r"\bpython ([\w/]+\.py)(?= |$|`)([^\n`&|;#]*?)(?= > |[\n`&|;#]|$)")
+
+
+def prose(text: str) -> str:
+    """Without code."""
+    return re.sub(r"```.*?```|`[^`\n]*`", "", re.sub(r"(?m)^    .*$", "", text), flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub names them."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = [re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall(r"(?m)^#+ (.+)$", text)]
+    return {title.replace(" ", "-") for title in headings}
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """(script, flags) of all `python script.py …`, with the shell's variables that the text sets."""
+    text = text.replace("\\\n", " ")
+    for name, value in re.findall(r'(?m)^(\w+)="(.+)"$', text):
+        text = text.replace(f"${name}", value)
+    return [(script, flags.strip()) for script, flags in COMMAND.findall(text)]
+
+
+COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(path):
+    text = path.read_text(encoding="utf-8")
+    references = dict(re.findall(r"(?m)^\[(.+?)\]: (\S+)", text))
+    assert set(re.findall(r"\]\[(.+?)\]", prose(text))) <= references.keys()
+    links = re.findall(r"\]\((\S+?)\)", prose(text)) + re.findall(r'src="(.+?)"', text) + [*references.values()]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if not link.startswith("http"):
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+    for link, test in re.findall(r'(?m)^\[.+?\]: (\S+) "(test_\w+)"', text):
+        assert f"def {test}(" in (path.parent / link).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.name)
+def test_figures_are_shown_somewhere_and_small(figure):
+    assert any(f"figures/{figure.name}" in text for text in TEXTS.values())
+    assert figure.stat().st_size < 1_000_000
+
+
+class Parsed(Exception):
+    """The flags were understood."""
+
+
+def parsing(parse):
+    """Parses, and goes no further."""
+
+    def parse_only(*args, **options):
+        raise Parsed(parse(*args, **options))
+
+    return parse_only
+
+
+def dry_run(script: str, flags: list[str], monkeypatch):
+    """Calls a script's own parser. Its result; None for a script without flags."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    if script == "benchmark/score.py":  # passes its flags on
+        return dry_run(flags[0], flags[1:], monkeypatch)
+    if "argparse" not in source and "tyro" not in source:
+        return None
+    if "import fcntl" in source:
+        pytest.importorskip("fcntl")  # not on Windows
+    monkeypatch.syspath_prepend(ROOT / Path(script).parent)
+    module = importlib.import_module(Path(script).stem)
+    assert Path(module.__file__) == ROOT / script
+    if hasattr(module, "Args"):
+        return tyro.cli(module.Args, args=flags)
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+        patch.setattr(sys, "argv", [script, *flags])
+        patch.setattr(argparse.ArgumentParser, "parse_args", parsing(argparse.ArgumentParser.parse_args))
+        module.main()
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize("script, flags", COMMANDS, ids=lambda part: part)
+def test_commands_parse(script, flags, monkeypatch):
+    assert (ROOT / script).is_file()
+    flags = shlex.split(flags.replace('"$run"', "run").rstrip('"'))  # a quote that began before `python`
+    args = dry_run(script, flags, monkeypatch)
+    if args is None:
+        assert set(flags) <= {"plot"}
+    elif script == "studies/study.py":
+        importlib.import_module("study_file").load(args.study, args.scale)
+    elif script in ("sppo_atari.py", "sppo_continuous.py", "sa2c_atari.py", "ppo_baseline.py"):
+        importlib.import_module(Path(script).stem).validate(args)
+
+
+def test_the_commands_were_found():
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    for name in ("README.md", ".github/workflows/tests.yml"):
+        assert scripts <= {script for script, _ in commands(TEXTS[name])}
+    assert {"studies/study.py", "benchmark/speed.py", "docs/loss_anatomy.py"} <= {script for script, _ in COMMANDS}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_to_install_or_test_exist(page):
+    files = re.findall(r"pip install.*", TEXTS[page])
+    for file in re.findall(r"-r ([\w./-]+)", "\n".join(files)) + re.findall(r"pytest ([\w/]+\.py)", TEXTS[page]):
+        assert (ROOT / file).is_file()
+
+
+def test_the_readme_is_short_and_its_test_command_is_the_workflow_s():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 120 and len(text.encode()) <= 9 * 1024
+    (command,) = re.findall(r"(?m)^pip install .* python -m pytest$", text)
+    assert command in TEXTS[".github/workflows/tests.yml"]
+
+
+def test_flags_in_the_readme_exist():
+    """Those of commands parse; these are named in the text."""
+    scripts = [path for folder in (".", "studies", "benchmark") for path in (ROOT / folder).glob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
+    for flag in set(re.findall(r"`--([\w-]+)", TEXTS["README.md"])) - {"help"}:
+        name = flag.removeprefix("no-").replace("-", "_")
+        assert re.search(rf'(?m)^    {name}: |"--{flag}"', source), flag
