@@ -87,7 +87,7 @@ class Args:
     total_episodes: int = 1920  # responses; the last incomplete batch is left out
     batch_size: int = 64  # responses per iteration
     num_minibatches: int = 4  # minibatches per epoch
-    micro_batch_size: int = 64  # responses per pass of policy and value, at most: less memory, the same loss
+    micro_batch_size: int = 64  # responses per pass of policy and value: less memory, same loss (of targets nearly)
     update_epochs: int = 2  # passes over each batch
     learning_rate: float = 2e-4  # step size of Adam
     lora_rank: int = 0  # rank of LoRA adapters, the only weights to be trained; 0: all weights are trained
@@ -329,13 +329,13 @@ def with_targets(rollout: Rollout, tokenizer, targets) -> tuple[torch.Tensor, to
     tokens, attention = rollout.tokens[:, :-T], rollout.attention[:, :-T]
     return torch.cat((tokens, target), 1), torch.cat((attention, mask), 1), mask.bool()
 
-def losses_of(agent, tokens, attention, mask, old_logprob, advantage, returns, *target, args: Args, target_weight=1):
+def losses_of(agent, tokens, attention, mask, old_logprob, advantage, returns, *target, args: Args):
     """The loss of some responses, means over their tokens without padding, and what is logged of it."""
     logprob, old_logprob = agent.logprobs(tokens, attention)[mask], old_logprob[mask]
     weighting = (args.alpha, args.beta, args.Z, args.clip_coef, args.importance_weighted_reverse)
     losses = symmetric_ppo_loss(logprob[:, None], old_logprob[:, None], advantage[mask], *weighting)
     value_loss = nn.functional.mse_loss(agent.values(tokens, attention)[mask], returns[mask])
-    target_loss = -target_weight * agent.logprobs(*target[:2])[target[2]].mean() if target else value_loss.new_zeros(())
+    target_loss = -agent.logprobs(*target[:2])[target[2]].mean() if target else torch.zeros_like(value_loss)
     ratio = (logratio := logprob - old_logprob).exp()
     clipped = ((ratio - 1).abs() > args.clip_coef).float()
     logged = (*losses, value_loss, target_loss, -logratio.mean(), (ratio - 1 - logratio).mean(), clipped.mean())
@@ -352,8 +352,8 @@ def update(agent: LanguageAgent, optimizer, batch, args: Args, rng: np.random.Ge
             minibatch = (tokens, attention, mask, old_logprob, advantage.masked_scatter(mask, normalized), *rest)
             logged = 0
             for part in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
-                share, of_targets = (part[i].sum() / minibatch[i].sum() for i in (2, -1))  # parts' means become one
-                loss, of_part = losses_of(agent, *part, args=args, target_weight=of_targets / share)
+                share = part[2].sum() / mask.sum()  # of the minibatch's tokens: means of parts become its mean
+                loss, of_part = losses_of(agent, *part, args=args)
                 (share * loss).backward()
                 logged = logged + share * of_part
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

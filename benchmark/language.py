@@ -31,7 +31,7 @@ METHODS = {
     "SPPO": "--alpha 0.5 --beta 0.4",
     "matched control": "--alpha 0.9 --beta 0",
     "plain SPPO": "--alpha 0.5 --beta 0.4 --no-importance-weighted-reverse",
-    "mean-weight control": "--alpha 0.54 --beta 0",
+    "mean-weight control": "--alpha 0.537 --beta 0",
     "PPO without KL": "--alpha 1 --beta 0 --kl-coef 0",
 }
 
