@@ -64,11 +64,12 @@ class Study:
     reference: str
     comparisons: list[list[str]]
     families: dict[str, list[str]]  # methods that a grid was expanded from, with what they were expanded to
+    score: str  # what counts of a run's evaluations: the `last` one, or the `mean` of all
 
 
 NEEDED = "question beta steps seeds environments conditions methods reference".split()
 SCALED = "steps seeds flags pilot grid environments conditions methods".split()
-ALLOWED = [*NEEDED, *"flags comparisons values grid pilot scale".split()]
+ALLOWED = [*NEEDED, *"flags comparisons values grid pilot scale score".split()]
 RESERVED = "--env-id --seed --total-timesteps --torch-threads --resume".split()
 
 
@@ -138,7 +139,7 @@ def build(table: dict, name: str, scale: str | None) -> Study:
         methods=list(methods), environments=list(environments), conditions=list(conditions),
         clean=next((label for label, flags in conditions.items() if not flags.strip()), None),
         reference=table["reference"], comparisons=[pair for pair in comparisons if set(pair) <= {*methods, *families}],
-        families=families,
+        families=families, score=[*choose({"last": 0, "mean": 0}, [table.get("score", "last")], "score")][0],
     )
 
 

@@ -94,16 +94,14 @@ def number(x: float) -> str:
 def interval(estimate: tuple[float, float, float], show=number, plus: str = "") -> str:
     value, low, high = estimate
     value_shown = (plus if value > 0 else "") + show(value)
-    if np.isnan(low):
-        return "–" if np.isnan(value) else f"{value_shown} (no interval)"
-    return f"{value_shown} ({show(low)} to {show(high)})"
+    bounds = "no interval" if np.isnan(low) else f"{show(low)} to {show(high)}"
+    return "–" if np.isnan(value) else f"{value_shown} ({bounds})"
 
 
 def verdict(estimate: tuple[float, float, float], a: str, b: str, word: str, zero: float = 0) -> str:
     """Which of two methods is higher, say, or a tie, where a positive estimate speaks for a."""
     _, low, high = estimate
-    said = "tie" if low <= zero <= high else f"{a if low > zero else b} {word}"
-    return "no verdict" if np.isnan(low) else said
+    return "no verdict" if np.isnan(low) else "tie" if low <= zero <= high else f"{a if low > zero else b} {word}"
 
 
 def difference(estimate: tuple[float, float, float], *verdict_of, show=number) -> list[str]:
@@ -170,6 +168,7 @@ def report(study: Study, folder: Path, command: str) -> None:
 def head(results: Results, command: str) -> list[str]:
     study, seeds = results.study, sorted({len(runs) for runs in results.cases.values()})
     n_missing, n_runs = len(results.missing), len(results.runs)
+    which = dict(last="the evaluation after its last update", mean="all its evaluations")[study.score]
     kinds = dict(method=study.methods, environment=study.environments, condition=study.conditions)
     counts = ", ".join(f"{len(names)} {kind}{'s' * (len(names) > 1)}" for kind, names in kinds.items())
     parts = [
@@ -177,7 +176,7 @@ def head(results: Results, command: str) -> list[str]:
         f"It stands on {n_runs} runs: {counts} ({', '.join(study.conditions)}), "
         f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds each, "
         f"{' or '.join(f'{n:,}' for n in sorted(set(results.runs.steps)))} environment steps. A run's score is the "
-        f"mean raw return of the evaluation after its last update. Intervals are 95 % intervals; those of a difference "
+        f"mean raw return of {which}. Intervals are 95 % intervals; those of a difference "
         f"that contain zero are called ties. Of many intervals about one in twenty excludes zero by chance.",
     ]
     if n_missing == 0:

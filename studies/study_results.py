@@ -105,6 +105,7 @@ def collect(study: Study, folder: Path, results: Path) -> None:
                 tables["evaluations"].append(key | dict(step=step, score=score) | means(points, before, step))
                 before = step
             cost = {name: record[name] for name in ("seconds", "attempts", "command")}
+            score = score if study.score == "last" else mean([value for _, value in points["eval/episodic_return"]])
             tables["runs"].append(key | dict(steps=step, score=score) | means(points) | cost)
     if len(tables["runs"]) < len(kept["runs"]):
         raise StudyError(f"{results} holds runs that are not here; `run … --results {results}` counts them as finished")
@@ -119,10 +120,9 @@ def random_scores(study: Study, results: Path) -> None:
     """Adds to `random.csv` the environments whose uniform policy was not played yet, 100 episodes each."""
     path = results / "random.csv"
     rows = read_table(path).to_dict("records")
-    for env_id in study.environments:
-        if all(row["environment"] != env_id for row in rows):
-            returns = play_uniformly(env_id, 100)
-            rows.append(dict(environment=env_id, episodes=100, mean=mean(returns), std=float(np.std(returns))))
+    for env_id in [x for x in study.environments if all(row["environment"] != x for row in rows)]:
+        returns = play_uniformly(env_id, 100)
+        rows.append(dict(environment=env_id, episodes=100, mean=mean(returns), std=float(np.std(returns))))
     write_table(path, rows)
 
 

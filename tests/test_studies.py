@@ -12,13 +12,14 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import study_report
 from rliable import metrics
 from scipy import stats
 from study_file import STUDIES, StudyError, load
 from study_report import Results, bootstrap, contrast, coverage, improvement, iqm_contrast, spread, verdict
-from study_results import mean_weights, play_uniformly, scalars
+from study_results import collect, mean_weights, play_uniformly, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -221,6 +222,7 @@ def test_the_studies_that_are_here(path):
         (("sppo_continuous.py", "spo.py"), "there is no script 'spo.py'"),
         (("--alpha", "--alfa"), "sppo_continuous.py has no flag --alfa"),
         (("--eval-episodes 2", "--seed 2"), "--seed is set by the study"),
+        (("steps = 1000", "steps = 1000\nscore = 'best'"), "score: there is no 'best'; there are last, mean"),
         (('reference = "PPO"', 'reference = "A2C"'), "reference: there is no 'A2C'; there are PPO, "),
         (('["DSPPO", "PPO"]', '["DSPPO"]'), "a comparison is a pair"),
         (('["DSPPO", "PPO"]', '["DSPPO", "A2C"]'), "comparisons: there is no 'A2C'"),
@@ -447,6 +449,15 @@ def test_smoke_is_collected_as_it_was_logged(smoke):
             halves = [float(e[name]) for e in evaluations if all(e[k] == row[k] for k in ("method", "seed", "pilot"))]
             np.testing.assert_allclose(halves, [np.mean(values[:2]), np.mean(values[2:])], rtol=1e-5)
         assert float(row["flips_noise"]) == 0
+
+
+def test_a_score_may_be_the_mean_of_all_evaluations(smoke, tmp_path):
+    folder, _ = smoke
+    study = load("smoke")
+    study.score = "mean"
+    collect(study, folder, tmp_path)
+    runs, evaluations = (pd.read_csv(tmp_path / name) for name in ("runs.csv", "evaluations.csv"))
+    np.testing.assert_allclose(runs.score, evaluations.score.to_numpy().reshape(-1, 2).mean(1), rtol=1e-6)
 
 
 def test_smoke_is_reported(smoke):
