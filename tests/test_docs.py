@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,13 @@ def test_commands_parse(script, flags, monkeypatch):
         importlib.import_module("study_file").load(args.study, args.scale)
     elif script in ("sppo_atari.py", "sppo_continuous.py", "sa2c_atari.py", "ppo_baseline.py"):
         importlib.import_module(Path(script).stem).validate(args)
+
+
+def test_study_files_in_the_docs_are_studies():
+    blocks = re.findall(r"```toml\n(.*?)```", TEXTS["docs/studies.md"], re.DOTALL)
+    for block in blocks:
+        assert importlib.import_module("study_file").build(tomllib.loads(block), "example", None).cells
+    assert blocks
 
 
 def test_the_commands_were_found():
