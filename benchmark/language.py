@@ -90,13 +90,13 @@ def report() -> None:
     keys = table.groupby(runs, as_index=False).first()[runs]
     before, after = table.groupby(runs)[measures].first(), table.groupby(runs)[measures].last()
     before, after = before.reset_index(drop=True), after.reset_index(drop=True)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharex=True, sharey=True)
     for axis, reward in zip(axes, keys["reward"].unique()):
         print(f"\n### {reward}\n\n| method | seeds | " + " | ".join(measures) + " |\n|" + "---|" * 7)
         rows = {method: ((keys["reward"] == reward) & (keys["method"] == method)).to_numpy() for method in METHODS}
         rows = {method: row for method, row in rows.items() if row.any()}
         start = before[(keys["reward"] == reward).to_numpy()]
-        print(f"| before | {len(start)} | " + " | ".join(f"{start[x].mean():.3g}" for x in measures) + " |")
+        print("| before | all | " + " | ".join(f"{start[x].mean():.3g}" for x in measures) + " |")
         for method, row in rows.items():
             cells = ("{:.3g} ({:.3g} to {:.3g})".format(*interval(after[row][x])) for x in measures)
             print(f"| {method} | {row.sum()} | " + " | ".join(cells) + " |")
@@ -109,7 +109,7 @@ def report() -> None:
             found[f"{one} − {other}"] = [interval(after[rows[one]][x], after[rows[other]][x]) for x in measures]
         for name, intervals in found.items():
             print(f"| {name} | " + " | ".join("{:+.3g} ({:+.3g} to {:+.3g})".format(*x) for x in intervals) + " |")
-        drawn = [(name, intervals[0]) for name, intervals in found.items()]
+        drawn = [(name, intervals[0]) for name, intervals in found.items() if "without" not in name]
         for y, (_, (mean, low, high)) in enumerate(drawn):
             axis.errorbar(mean, -y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3)
         axis.set_yticks([-y for y in range(len(drawn))], [name for name, _ in drawn])
@@ -123,7 +123,7 @@ def report() -> None:
             means = table[(table["reward"] == reward) & (table["method"] == method)].groupby("step")[measures].mean()
             axis.plot(means["kl"], means["gold_score"], "o-", color=f"C{color}", markersize=3, label=f"{method}: gold")
             axis.plot(means["kl"], means["score"], "--", color=f"C{color}", label=f"{method}: the reward")
-        axis.set(title=f"reward: {reward}", xlabel="KL to the reference (nats a response)", xscale="symlog")
+        axis.set(title=f"reward: {reward}", xlabel="KL to the reference (nats a response)")
         axis.legend(fontsize=7)
     axes[0].set_ylabel("mean score of held-out prompts")
     figure.tight_layout()
