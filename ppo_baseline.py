@@ -143,7 +143,7 @@ def channels_last(obs: np.ndarray) -> np.ndarray:
 def make_env(args: Args, **options) -> gym.Env:
     """The environment; observations that are no vector become one."""
     env = gym.make(args.env_id, **options)
-    env.action_space.seed(args.seed), env.observation_space.seed(args.seed)
+    gym.spaces.Tuple((env.action_space, env.observation_space)).seed(args.seed)
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 class RunningMeanStd:

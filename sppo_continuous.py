@@ -97,7 +97,7 @@ def validate(args: Args) -> None:
 def make_env(args: Args, **options) -> gym.Env:
     """The environment; observations that are no vector become one."""
     env = gym.make(args.env_id, **options)
-    env.action_space.seed(args.seed), env.observation_space.seed(args.seed)
+    gym.spaces.Tuple((env.action_space, env.observation_space)).seed(args.seed)
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 class RunningMeanStd:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from before_after import commit_of
+from before_after import ROOT, commit_of
 from score import append
+from tables import difference
+from tables import interval as mean_and_half
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "language.csv"
 MEASURES = "score gold_score kl kl_k3 reference_perplexity distinct_2 entropy response_length ended".split()
 FIELDS = ["reward", "method", "seed", "step", *MEASURES, "command", "commit"]
@@ -52,7 +53,7 @@ class Args:
 def train(args: Args, reward: str, method: str, seed: int) -> None:
     flags = f"--reward-label 1 {args.flags} {METHODS[method]} --seed {seed}"
     command = f"sppo_rlhf.py --reward-model models/{reward} {flags}"
-    if RESULTS.exists() and any((row["command"]) == command for row in csv.DictReader(RESULTS.open())):
+    if RESULTS.exists() and any(row["command"] == command for row in csv.DictReader(RESULTS.open())):
         return
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "models").symlink_to(args.models.resolve())
@@ -70,12 +71,11 @@ def train(args: Args, reward: str, method: str, seed: int) -> None:
 
 
 def interval(one, other=None) -> tuple[float, float, float]:
-    """Mean and 95 % interval (t) of a sample, or of the difference of two (Welch)."""
-    from scipy import stats
-
-    test = stats.ttest_1samp(one, 0) if other is None else stats.ttest_ind(one, other, equal_var=False)
-    low, high = test.confidence_interval()
-    return one.mean() - (0 if other is None else other.mean()), low, high
+    """Mean and 95 % interval of a sample, or of the difference of two."""
+    if other is not None:
+        return difference(one, other)
+    mean, half = mean_and_half(one)
+    return mean, mean - half, mean + half
 
 
 def report() -> None:

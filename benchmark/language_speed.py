@@ -83,7 +83,8 @@ def main(args: Args) -> None:
         scalar.save_pretrained(f"{folder}/scalar")
         transformers.AutoTokenizer.from_pretrained(f"{folder}/policy").save_pretrained(f"{folder}/scalar")
         ours = f"{ROOT}/sppo_rlhf.py --model policy --reward-model scalar --prompts prompts.csv --eval-episodes 64"
-        ours += f" --torch-threads {args.torch_threads} --checkpoint-interval 0 --total-episodes"
+        ours += " --num-minibatches 4 --update-epochs 4 --response-length 24 --kl-coef 0.02 --learning-rate 1e-4"
+        ours += f" --batch-size 64 --torch-threads {args.torch_threads} --checkpoint-interval 0 --total-episodes"
         trl = f"{Path(__file__).resolve()} --models . --trl-iterations"
         for pair in range(args.pairs):
             for which in ("ours", "trl") if pair % 2 == 0 else ("trl", "ours"):

@@ -1,4 +1,4 @@
-"""Makes what sppo_rlhf.py needs to run without a hub, from labelled movie reviews, in half an hour on two cores:
+"""Makes what sppo_rlhf.py needs to run without a hub, from labelled movie reviews, in under an hour on two cores:
 
     policy            a small GPT-2 and its tokenizer, trained to continue reviews
     gold              a sentiment classifier trained on all labels, which judges
