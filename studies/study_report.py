@@ -1,10 +1,11 @@
 """What a study says: `report.md` and its figures, from the tables that `study.py collect` wrote.
 
 Every interval is a 95 % interval, and where methods are compared it is one of their difference. Raw scores of a task:
-Welch's t interval. Aggregates over tasks: stratified bootstrap over seeds, tasks held fixed (Agarwal et al., 2021), of
-normalised scores (score − random) / (reference − random).
+Welch's t interval, with p-values after Holm (1979) over all of a study's. Aggregates over tasks: stratified bootstrap
+over seeds, tasks held fixed (Agarwal et al., 2021), of normalised scores (score − random) / (reference − random).
 """
 
+import re
 from collections import Counter
 from itertools import chain, product
 from pathlib import Path
@@ -18,26 +19,27 @@ from scipy import stats
 from study_file import KEY, Study, StudyError
 
 REPS = 2000  # bootstrap resamples
-TAUS = np.linspace(0, 1.5, 61)  # of the performance profiles
+MARGIN = 0.15  # a tie's interval is at most ± this, in units of the reference's clean score above random
 CASE = KEY[:3]  # method, environment, condition
 
 
-def contrast(*terms: tuple[float, np.ndarray]) -> tuple[float, float, float]:
-    """Σ cᵢ·mean(xᵢ) of independent samples with its 95 % interval (Welch and Satterthwaite). NaN, which is to say none,
-    where there is no variance to go by: a single seed, or seeds that agree while their means do not."""
+def contrast(*terms: tuple[float, np.ndarray]) -> tuple[float, float, float, float]:
+    """Σ cᵢ·mean(xᵢ) of independent samples, its 95 % interval (Welch and Satterthwaite) and its two-sided p-value. NaN,
+    which is to say none, where there is no variance to go by: a single seed, or seeds that agree while means do not."""
     value = sum(c * np.mean(x) for c, x in terms)
     parts = [c**2 * np.var(x, ddof=1) / len(x) for c, x in terms if len(x) > 1]
     if len(parts) < len(terms) or sum(parts) == 0:
-        return (0.0, 0.0, 0.0) if len(parts) == len(terms) and value == 0 else (value, np.nan, np.nan)
+        return (0.0, 0.0, 0.0, 1.0) if len(parts) == len(terms) and value == 0 else (value, np.nan, np.nan, np.nan)
     freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, (_, x) in zip(parts, terms))
     half = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
-    return value, value - half, value + half
+    return value, value - half, value + half, 2 * stats.t.sf(abs(value) / sum(parts) ** 0.5, freedom)
 
 
-def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """P(x > y), ties a half, mean over tasks, of (…, seeds, tasks): rliable's, without the p-value that takes time."""
-    x, y = x[..., :, None, :], y[..., None, :, :]
-    return ((x > y) + 0.5 * (x == y)).mean((-3, -2, -1))
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p-values: rejecting those below 0.05 errs once or more in 5 % of studies without differences."""
+    order, adjusted = np.argsort(p), np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order]))
+    return adjusted
 
 
 def bootstrap(function, *scores: np.ndarray) -> tuple[float, float, float]:
@@ -68,43 +70,27 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]
     return rho, np.tanh(z - half), np.tanh(z + half)
 
 
-def coverage(seeds: int, tasks: int, trials: int) -> pd.DataFrame:
-    """How often the intervals contain the truth on synthetic scores of two methods that do not differ. The bootstrap
-    here is the one of `bootstrap`, written for whole arrays, with fewer resamples."""
-    names = ["raw difference, one task", "difference of IQMs", "probability of improvement"]
-    hits = pd.DataFrame(0, names, ["normal", "some runs fail"])
-    for shape in hits:
-        rng = np.random.default_rng(0)
-        for _ in range(trials):
-            x, y = rng.normal(0.8, 0.2, (2, seeds, tasks)) * rng.uniform(0.5, 1.5, tasks)  # tasks of different scales
-            if shape == "some runs fail":
-                x, y = (np.where(rng.random(z.shape) < 0.3, rng.normal(0.1, 0.05, z.shape), z) for z in (x, y))
-            _, *raw = contrast((1, x[:, 0]), (-1, y[:, 0]))
-            x, y = (z[rng.integers(seeds, size=(500, seeds, tasks)), np.arange(tasks)] for z in (x, y))
-            iqms = [stats.trim_mean(z.reshape(500, -1), 0.25, axis=1) for z in (x, y)]
-            bounds = np.percentile([iqms[0] - iqms[1], improvement(x, y) - 0.5], (2.5, 97.5), axis=1).T
-            hits[shape] += [low <= 0 <= high for low, high in (raw, *bounds)]
-    return hits / trials
-
-
 def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
 
 
-def interval(estimate: tuple[float, float, float], show=number, plus: str = "") -> str:
-    value, low, high = estimate
+def interval(estimate: tuple[float, ...], show=number, plus: str = "") -> str:
+    value, low, high, *_ = estimate
     value_shown = (plus if value > 0 else "") + show(value)
     bounds = "no interval" if np.isnan(low) else f"{show(low)} to {show(high)}"
     return "–" if np.isnan(value) else f"{value_shown} ({bounds})"
 
 
-def verdict(estimate: tuple[float, float, float], a: str, b: str, word: str, zero: float = 0) -> str:
-    """Which of two methods is higher, say, or a tie, where a positive estimate speaks for a."""
-    _, low, high = estimate
-    return "no verdict" if np.isnan(low) else "tie" if low <= zero <= high else f"{a if low > zero else b} {word}"
+def verdict(estimate: tuple[float, ...], a: str, b: str, word: str, margin: float = np.inf) -> str:
+    """Which of two methods is higher, say, where a positive estimate speaks for a; else whether that means something: a
+    tie's interval is at most ±margin, what is wider is undecided."""
+    _, low, high, *_ = estimate
+    if low > 0 or high < 0:
+        return f"{a if low > 0 else b} {word}"
+    return "no verdict" if np.isnan(low) else "tie" if high - low <= 2 * margin else "undecided"
 
 
-def difference(estimate: tuple[float, float, float], *verdict_of, show=number) -> list[str]:
+def difference(estimate: tuple[float, ...], *verdict_of, show=number) -> list[str]:
     return [interval(estimate, show, "+"), verdict(estimate, *verdict_of)]
 
 
@@ -140,7 +126,7 @@ class Results:
         # Tasks are those where the reference has learned more than nothing: else there is no scale.
         self.tasks = [env_id for env_id, score in self.reference.items() if score > self.random[env_id]]
         self.pairs = [(a, b) for a, b in study.comparisons if a in study.methods and b in study.methods]
-        self.drawn = [method for method in study.methods if method not in chain(*study.families.values())]
+        self.differences = differences(self)
 
     def of(self, *case: str) -> np.ndarray:
         """Final scores (seeds,) of the finished runs."""
@@ -159,7 +145,7 @@ class Results:
 def report(study: Study, folder: Path, command: str) -> None:
     """Writes `report.md` and its figures into `folder`, beside the tables."""
     results = Results(study, folder)
-    sections = (raw_scores, raw_differences, aggregates, measured_coverage, spreads, weights, sign_flips, figures)
+    sections = (figures, raw_scores, raw_differences, aggregates, spreads, weights, sign_flips)
     parts = head(results, command) + [part for section in sections for part in section(results)]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print(folder / "report.md")
@@ -171,13 +157,15 @@ def head(results: Results, command: str) -> list[str]:
     which = dict(last="the evaluation after its last update", mean="all its evaluations")[study.score]
     kinds = dict(method=study.methods, environment=study.environments, condition=study.conditions)
     counts = ", ".join(f"{len(names)} {kind}{'s' * (len(names) > 1)}" for kind, names in kinds.items())
+    power = [f"How many seeds: {study.power}"] * bool(study.power)
     parts = [
-        f"# {study.name}", study.question, f"How β was fixed: {study.beta}",
+        f"# {study.name}", study.question, f"How β was fixed: {study.beta}", *power,
         f"It stands on {n_runs} runs: {counts} ({', '.join(study.conditions)}), "
         f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds each, "
         f"{' or '.join(f'{n:,}' for n in sorted(set(results.runs.steps)))} environment steps. A run's score is the "
-        f"mean raw return of {which}. Intervals are 95 % intervals; those of a difference "
-        f"that contain zero are called ties. Of many intervals about one in twenty excludes zero by chance.",
+        f"mean raw return of {which}. Intervals are 95 % intervals. A difference whose interval contains zero is a tie "
+        f"where the interval is at most ±{MARGIN:.0%} of what {study.reference} reaches above the uniform policy "
+        f"without noise, and undecided where it is wider.", verdicts(results.differences),
     ]
     if n_missing == 0:
         return [*parts, f"All of its runs are finished. `{command}` repeats them."]
@@ -202,79 +190,73 @@ def raw_scores(results: Results) -> list[str]:
     return parts
 
 
+def differences(results: Results) -> pd.DataFrame:
+    """Every comparison by environment and condition: of scores, and of how much less the first method loses by noise.
+    More robust is what loses less, and not what scores higher with noise. Estimates are raw; `unit` is their scale."""
+    study, rows = results.study, []
+    for (a, b), env_id, condition in product(results.pairs, study.environments, study.conditions):
+        x, y, *clean = (results.of(m, env_id, at) for at in (condition, study.clean) for m in (a, b))
+        unit = results.reference[env_id] - results.random[env_id] if env_id in results.tasks else np.nan
+        row = [a, b, env_id, condition, f"{len(x)}, {len(y)}", unit]
+        if len(x) and len(y):
+            rows.append([*row, "score", contrast((1, x), (-1, y))])
+        if condition != study.clean and all(map(len, (x, y, *clean))):
+            rows.append([*row, "loss", contrast((1, x), (-1, clean[0]), (1, clean[1]), (-1, y))])
+    found = pd.DataFrame(rows, columns="a b environment condition seeds unit of estimate".split())
+    p = found.estimate.map(lambda estimate: estimate[3]).astype(float)
+    found["p"] = pd.Series(holm(p.dropna().to_numpy()), p.dropna().index)
+    words = dict(score="higher", loss="loses less")
+    found["verdict"] = [verdict(x.estimate, x.a, x.b, words[x.of], MARGIN * x.unit) for x in found.itertuples()]
+    return found
+
+
+def verdicts(found: pd.DataFrame) -> str:
+    """What is left of a study's differences when all of them are taken together."""
+    counts = Counter(found.verdict[found.p.notna()])
+    n, ties, undecided = counts.total(), counts["tie"], counts["undecided"]
+    names = [f"{x.verdict} ({x.a} − {x.b}, {x.environment}, {x.condition})" for x in found[found.p < 0.05].itertuples()]
+    return (f"**{n} intervals of differences**, of scores and of what noise costs: {ties} ties, {undecided} undecided; "
+            f"{n - ties - undecided} exclude zero, which chance alone would do to {0.05 * n:.1f}. Holm's correction "
+            f"over all of them leaves {len(names)}{': ' if names else ''}{'; '.join(names)}.")
+
+
 def raw_differences(results: Results) -> list[str]:
-    """Of scores, and of what noise costs: more robust is what loses less, and not what scores higher with noise."""
-    study, rows, counts, noise_rows = results.study, [], [], []
-    for a, b in results.pairs:
-        verdicts = Counter()
-        for env_id, condition in product(study.environments, study.conditions):
-            x, y, *clean = (results.of(m, env_id, at) for at in (condition, study.clean) for m in (a, b))
-            if len(x) and len(y):
-                shown = difference(contrast((1, x), (-1, y)), a, b, "higher")
-                verdicts[shown[1]] += 1
-                rows.append([f"{a} − {b}", env_id, condition, f"{len(x)}, {len(y)}", *shown])
-            if condition != study.clean and all(map(len, (x, y, *clean))):
-                losses = [contrast((1, before), (-1, after)) for before, after in zip(clean, (x, y))]
-                gap = contrast((1, clean[0]), (-1, x), (-1, clean[1]), (1, y))
-                noise_rows.append([f"{a}, {b}", env_id, condition, *map(interval, losses),
-                                   *difference(gap, b, a, "loses less")])
-        counts.append(f"- {a} − {b}: " + (", ".join(f"{n} × {v}" for v, n in verdicts.items()) or "no runs yet"))
-    header = ["difference", "environment", "condition", "seeds", "raw score (Welch t interval)", "verdict"]
-    parts = ["## Differences, task by task", "\n".join(counts), table(header, rows)] if counts else []
-    if noise_rows:
-        header = ["methods", *header[1:3], "loss of the first", "loss of the second", "difference", "verdict"]
-        parts += ["## Lost by noise",
-                  f"Score without noise ({study.clean}) minus score with it, for both methods, and the difference of "
-                  f"these losses. The second method is the more robust one where it is positive, whatever the scores "
-                  f"(Welch t intervals).", table(header, noise_rows)]
+    parts, header = [], ["difference", "environment", "condition", "seeds", "raw", "±", "p", "verdict"]
+    for of, title, text in (
+        ("score", "## Differences", f"Raw scores (Welch's t interval); half the interval's width in percent of what "
+         f"{results.study.reference} reaches above the uniform policy without noise; the p-value after Holm."),
+        ("loss", "## Lost by noise", "How much less the first method loses than the second; positive is more robust, "
+         "whatever the scores."),
+    ):
+        rows = [[f"{x.a} − {x.b}", x.environment, x.condition, x.seeds, interval(x.estimate, plus="+"),
+                 f"{50 * (x.estimate[2] - x.estimate[1]) / x.unit:.0f} %", f"{x.p:.2g}", x.verdict]
+                for x in results.differences[results.differences.of == of].itertuples()]
+        parts += [title, text, table(header, rows).replace("| nan % |", "| – |")] if rows else []
     return parts
 
 
 def aggregates(results: Results) -> list[str]:
-    study, two = results.study, "{:.2f}".format
-    if not results.tasks:
-        return ["## Aggregates", f"None: they need finished runs of {study.reference} without noise."]
+    """Over the tasks, if there are several."""
+    study, two, rows, pairs = results.study, "{:.2f}".format, [], []
+    if len(results.tasks) < 2:
+        return []
     text = (f"Normalised scores on {', '.join(results.tasks)}, of the seeds that are finished on all of them: "
-            f"interquartile mean (IQM), its difference, and the probability that a run of the first method beats one "
-            f"of the second (1/2 is a tie). Stratified bootstrap over seeds ({REPS:,} resamples), percentile "
-            f"intervals; tasks, uniform policy and reference are held fixed. Where all runs of one beat all runs of "
-            f"the other the interval of the probability has no width: resampling cannot know better.")
-    rows, pair_rows, noise_rows = [], [], []
+            f"interquartile mean (IQM) and its difference. Stratified bootstrap over seeds ({REPS:,} resamples), "
+            f"percentile intervals; tasks, uniform policy and reference are held fixed.")
     for condition, method in product(study.conditions, study.methods):
         if (x := results.normalized(method, condition)) is not None:
             rows.append([condition, method, str(len(x)), interval(bootstrap(iqm_contrast(1), x), two)])
     for (a, b), condition in product(results.pairs, study.conditions):
         x, y, *clean = (results.normalized(method, at) for at in (condition, study.clean) for method in (a, b))
         if x is not None and y is not None:
-            gap, wins = bootstrap(iqm_contrast(1, -1), x, y), bootstrap(improvement, x, y)
-            judged = *difference(gap, a, b, "higher", show=two), interval(wins, two), verdict(wins, a, b, "higher", 0.5)
-            pair_rows.append([f"{a} − {b}", condition, f"{len(x)}, {len(y)}", *judged])
+            gap = difference(bootstrap(iqm_contrast(1, -1), x, y), a, b, "higher", MARGIN, show=two)
+            pairs.append([f"{a} − {b}", condition, f"{len(x)}, {len(y)}", "score", *gap])
         if condition != study.clean and all(scores is not None for scores in (x, y, *clean)):
-            loss = bootstrap(iqm_contrast(1, -1, -1, 1), clean[0], x, clean[1], y)
-            noise_rows.append([f"{a}, {b}", condition, *difference(loss, b, a, "loses less", show=two)])
+            gap = bootstrap(iqm_contrast(1, -1, 1, -1), x, clean[0], clean[1], y)
+            pairs.append([*pairs[-1][:3], "less lost by noise", *difference(gap, a, b, "loses less", MARGIN, show=two)])
+    header = ["difference", "condition", "seeds", "of", "IQM", "verdict"]
     parts = ["## Aggregates", text, table(["condition", "method", "seeds", "IQM"], rows)]
-    if pair_rows:
-        header = ["difference", "condition", "seeds", "of IQMs", "verdict", "probability of improvement", "verdict"]
-        parts.append(table(header, pair_rows))
-    if noise_rows:
-        parts += ["What noise costs the first method minus what it costs the second, in IQM:",
-                  table(["methods", "condition", "difference of the losses", "verdict"], noise_rows)]
-    return parts
-
-
-def measured_coverage(results: Results) -> list[str]:
-    scores = (results.normalized(*case) for case in product(results.study.methods, results.study.conditions))
-    if not (sizes := [x.shape for x in scores if x is not None]):
-        return []
-    seeds, tasks = min(sizes)
-    trials = 1000 if seeds * tasks <= 100 else 300
-    shares = coverage(seeds, tasks, trials)
-    half = 1.96 * (shares * (1 - shares) / trials) ** 0.5
-    rows = [[name, *map("{:.3f} ± {:.3f}".format, shares.loc[name], half.loc[name])] for name in shares.index]
-    text = (f"How often these intervals contain zero (a half) when two methods do not differ, on {trials:,} synthetic "
-            f"studies with this one's {seeds} seeds and {tasks} task{'s' * (tasks > 1)}. 0.95 is what they claim; what "
-            f"is missing to it are false verdicts. In the second column three runs in ten end near the uniform policy.")
-    return ["## Measured coverage", text, table(["interval", *shares], rows)]
+    return parts + [table(header, pairs)] * bool(pairs)
 
 
 def spreads(results: Results) -> list[str]:
@@ -303,8 +285,9 @@ def spreads(results: Results) -> list[str]:
 def weights(results: Results) -> list[str]:
     """Whether the controls do what they are for."""
     study, shown = results.study, {case: f"{rows.mean_weight.mean():.3g}" for case, rows in results.cases.items()}
+    grids = [*chain(*study.families.values())]
     rows = [[method, *(", ".join(shown.get((method, env_id, condition), "–") for condition in study.conditions)
-                       for env_id in study.environments)] for method in results.drawn]
+                       for env_id in study.environments)] for method in study.methods if method not in grids]
     text = (f"The mean factor on the plain policy gradient that the runs logged, by condition "
             f"({', '.join(study.conditions)}). A control has the one of the method that it is for, if pilot runs on "
             f"other seeds were enough to know it.")
@@ -334,34 +317,69 @@ def sign_flips(results: Results) -> list[str]:
 def figures(results: Results) -> list[str]:
     """Draws what there is to draw; returns the section that shows it."""
     sns.set_theme(context="paper", style="ticks")
-    study, parts, size = results.study, ["## Figures"], dict(height=2.2, aspect=1.3, facet_kws=dict(sharey=False))
-    points, share = [], "share of runs above τ"
-    for method, condition in product(results.drawn, study.conditions):
-        if (scores := results.normalized(method, condition)) is not None:
-            np.random.seed(0)
-            value, band = library.create_performance_profile({"": scores}, TAUS, reps=500)
-            points += [(method, condition, *point) for line in (value[""], *band[""]) for point in zip(TAUS, line)]
-    points = pd.DataFrame(points, columns=["method", "condition", "τ", share])
+    study, parts, size = results.study, ["## Figures"], dict(height=1.8, aspect=1.4, facet_kws=dict(sharey=False))
 
-    def show(name: str, text: str, data: pd.DataFrame, **options) -> None:
-        figure = sns.relplot(data, **options, **size).set_titles(None, "{row_name}", "{col_name}", size=8)
-        figure.savefig(results.folder / f"{name}.png", dpi=150)
-        plt.close(figure.figure)
+    def show(name: str, figure, text: str) -> None:
+        figure.savefig(results.folder / f"{name}.png", dpi=100, bbox_inches="tight")
+        plt.close(figure)
         parts.extend([f"![{text}]({name}.png)", f"*{text}.*"])
 
-    curves, finals = (rows[rows.method.isin(results.drawn)] for rows in (results.evaluations, results.runs))
-    if len(curves):
-        show("learning_curves", "Mean raw return of the evaluations over seeds, with its t interval at every point "
-             "where there are two seeds or more", curves, kind="line", x="step", y="score", hue="method",
-             row="environment", col="condition", errorbar=lambda x: contrast((1, x))[1:])
-    if len(points):
-        show("profiles", "Performance profiles: share of runs whose normalised score is above τ, with stratified "
-             "bootstrap intervals at every τ", points, kind="line", x="τ", y=share, hue="method", col="condition",
-             estimator="median", errorbar=("pi", 100))  # all of them: value, lower and upper bound
-    if len(finals) and len(study.conditions) > 2:
-        show("dose_response", "Mean final score with its t interval, by condition", finals, kind="line", x="condition",
-             y="score", hue="method", col="environment", errorbar=lambda x: contrast((1, x))[1:], err_style="bars")
+    def grid(rows: pd.DataFrame, **options):
+        return sns.relplot(rows, **options, **size).set_titles("{col_name}", "{row_name}", "{col_name}", size=8).figure
+
+    if results.differences.unit.notna().any():
+        show("differences", forest(results), f"Differences with their intervals, in units of what {study.reference} "
+             f"reaches above the uniform policy without noise; grey: ±{MARGIN:.0%}; filled: p < 0.05 after Holm")
+    if study.families and results.tasks:
+        show("heat_maps", heat_maps(results), "Mean scores over seeds, in the same units, a field for each setting")
+    curves = [results.evaluations[results.evaluations.method == method].assign(pair=f"{a} − {b}", method=place)
+              for a, b in results.pairs for place, method in (("first", a), ("second", b))]
+    if curves and len(curves := pd.concat(curves)):
+        curves["panel"] = curves.pair + "\n" + curves.environment + ", " + curves.condition
+        wrap = len(study.environments) * len(study.conditions)
+        show("learning_curves", grid(curves, kind="line", x="step", y="score", hue="method", col="panel", col_wrap=wrap,
+             errorbar=lambda x: contrast((1, x))[1:3]), "Mean raw return of the evaluations of both methods with its t "
+             "interval at every point")
     if len(study.conditions) > 1:
-        show("sign_flips", "A run's share of sign flips by noise against its final score", results.runs,
-             x="flips_noise", y="score", hue="condition", col="environment")
+        show("sign_flips", grid(results.runs, x="flips_noise", y="score", hue="condition", col="environment"),
+             "A run's share of sign flips by noise against its score")
     return parts
+
+
+def forest(results: Results):
+    """Differences of scores, and of what noise costs: a row of panels for each environment."""
+    lines = [(*pair, at) for pair in results.pairs for at in results.study.conditions]
+    rows, kinds = list(results.tasks), dict(score="score", loss="less lost by noise")
+    figure, axes = plt.subplots(len(rows), 2, sharey=True, squeeze=False, layout="constrained",
+                                figsize=(7, len(rows) * (0.7 + 0.15 * len(lines))))
+    for (row, env_id), (column, of) in product(enumerate(rows), enumerate(kinds)):
+        ax, found = axes[row, column], results.differences
+        ax.axvspan(-MARGIN, MARGIN, color="0.92")
+        ax.axvline(0, color="0.5", linewidth=0.8)
+        ax.set_title(f"{env_id}, {kinds[of]}", size=8)
+        for x in found[(found.of == of) & (found.environment == env_id)].itertuples():
+            (value, low, high), y = np.array(x.estimate[:3]) / x.unit, lines.index((x.a, x.b, x.condition))
+            color = f"C{results.pairs.index((x.a, x.b))}"
+            ax.plot([low, high], [y, y], color=color)
+            ax.plot(value, y, "o", color=color, markersize=4, markerfacecolor=color if x.p < 0.05 else "white")
+        ax.set_yticks(range(len(lines)), [f"{a} − {b}, {at}" for a, b, at in lines], size=6)
+        ax.set_ylim(len(lines) - 0.5, -0.5)
+    return figure
+
+
+def heat_maps(results: Results):
+    """Mean scores over the settings of a grid's methods, as their names say them: a row of maps for each of these."""
+    families, cases = results.study.families, [*product(results.tasks, results.study.conditions)]
+    figure, axes = plt.subplots(len(families), len(cases), squeeze=False, layout="constrained",
+                                figsize=(2.5 * len(cases), 1.6 * len(families)))
+    for (row, family), (column, (env_id, condition)) in product(enumerate(families), enumerate(cases)):
+        rows, random = [], results.random[env_id]
+        for member in families[family]:
+            scores = results.of(member, env_id, condition)
+            share = (scores.mean() - random) / (results.reference[env_id] - random) if len(scores) else np.nan
+            rows.append({name: float(x) for name, x in re.findall(r" (\w+)=(\S+)", member)} | {" ": "", "share": share})
+        down, across = [" ", *[*rows[0]][:-2]][-2:]  # of a single axis: one line of fields
+        ax = sns.heatmap(pd.DataFrame(rows).pivot(index=down, columns=across, values="share"), ax=axes[row, column],
+                         vmin=0, vmax=1.1, annot=True, fmt=".2f", annot_kws=dict(size=6), cbar=False)
+        ax.set_title(f"{family}\n{env_id}, {condition}", size=8)
+    return figure

@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import study_report
-from rliable import metrics
 from scipy import stats
 from study_file import STUDIES, StudyError, load
-from study_report import Results, bootstrap, contrast, coverage, improvement, iqm_contrast, spread, verdict
+from study_report import MARGIN, Results, bootstrap, contrast, holm, iqm_contrast, spread, verdict
 from study_results import collect, mean_weights, play_uniformly, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -464,7 +463,7 @@ def test_smoke_is_reported(smoke):
     folder, _ = smoke
     text = (folder / "results/report.md").read_text()
     assert "6 runs: 3 methods, 1 environment, 1 condition (clean), 2 seeds each, 2,048 environment steps" in text
-    assert "All of its runs are finished" in text and text.index("## Scores") < text.index("## Aggregates")
+    assert "All of its runs are finished" in text and text.index("## Figures") < text.index("## Scores")
     assert "| uniform policy, 100 episodes | 2" in text  # about 22 steps
     for figure in re.findall(r"\]\((.*\.png)\)", text):
         assert (folder / "results" / figure).stat().st_size > 5000
@@ -550,31 +549,31 @@ def test_the_uniform_policy_ends_what_does_not_end_by_itself():
 
 def test_the_difference_of_two_means_is_welchs():
     x, y = np.array([3.0, 5.0, 10.0]), np.array([1.0, 2.0, 2.0, 3.0])
-    value, low, high = contrast((1, x), (-1, y))
-    expected = stats.ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
-    np.testing.assert_allclose((value, low, high), (4, expected.low, expected.high))
+    value, low, high, p = contrast((1, x), (-1, y))
+    expected = stats.ttest_ind(x, y, equal_var=False)
+    np.testing.assert_allclose((value, low, high, p), (4, *expected.confidence_interval(0.95), expected.pvalue))
     # By hand: variances 13 and 2/3, standard error² 13/3 + 1/6 = 4.5, 4.5² / ((13/3)²/2 + (1/6)²/3) = 2.15468 degrees
     # of freedom, t = 4.0198.
     assert (high - low) / 2 == pytest.approx(4.0198 * 4.5**0.5, rel=1e-4)
 
 
 def test_the_mean_of_one_sample_is_students():
-    value, low, high = contrast((1, np.array([1.0, 2.0, 6.0])))
+    value, low, high, _ = contrast((1, np.array([1.0, 2.0, 6.0])))
     assert (value, (high - low) / 2) == (3, pytest.approx(4.302653 * (7 / 3) ** 0.5))
 
 
 def test_a_difference_of_differences():
     """With equal sizes and variances: n − 1 degrees of freedom for each of the four samples, 4·s²/n."""
     x = np.array([1.0, 2.0, 3.0])
-    value, low, high = contrast((1, x + 10), (-1, x + 4), (-1, x + 5), (1, x + 1))
+    value, low, high, _ = contrast((1, x + 10), (-1, x + 4), (-1, x + 5), (1, x + 1))
     assert (value, (high - low) / 2) == (2, pytest.approx(stats.t.ppf(0.975, 8) * (4 / 3) ** 0.5))
 
 
 def test_without_variance_there_is_no_interval():
     one, same, other = np.array([1.0]), np.full(3, 5.0), np.full(3, 6.0)
-    np.testing.assert_equal(contrast((1, one), (-1, same)), (-4, np.nan, np.nan))
-    np.testing.assert_equal(contrast((1, same), (-1, other)), (-1, np.nan, np.nan))
-    assert contrast((1, same), (-1, same)) == (0, 0, 0)
+    np.testing.assert_equal(contrast((1, one), (-1, same)), (-4, np.nan, np.nan, np.nan))
+    np.testing.assert_equal(contrast((1, same), (-1, other)), (-1, np.nan, np.nan, np.nan))
+    assert contrast((1, same), (-1, same)) == (0, 0, 0, 1)
     assert verdict((-1, np.nan, np.nan), "a", "b", "higher") == "no verdict"
 
 
@@ -582,20 +581,21 @@ def test_verdicts():
     words = "a", "b", "higher"
     estimates = (2, 1, 3), (-2, -3, -1), (1, -1, 3), (1, 0, 2)
     assert [verdict(estimate, *words) for estimate in estimates] == ["a higher", "b higher", "tie", "tie"]
-    assert verdict((0.7, 0.6, 0.8), *words, 0.5) == "a higher" and verdict((0.7, 0.4, 0.8), *words, 0.5) == "tie"
+    assert [verdict(estimate, *words, 2) for estimate in estimates] == ["a higher", "b higher", "tie", "tie"]
+    assert [verdict(estimate, *words, 1.5) for estimate in estimates] == ["a higher", "b higher", "undecided", "tie"]
 
 
-def test_interquartile_means_and_improvement():
+def test_holms_correction():
+    """Smallest p times 4, the next times 3, …, never falling, at most 1."""
+    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm(np.array([0.5, 0.6])), [1, 1])
+    assert len(holm(np.zeros(0))) == 0
+
+
+def test_interquartile_means():
     scores = np.array([[1.0, 9.0], [2.0, 3.0], [4.0, 100.0], [-50.0, 5.0]])
     assert iqm_contrast(1)(scores) == (2 + 3 + 4 + 5) / 4
     assert iqm_contrast(1, -1)(scores, scores + 1) == -1
-    x, y = np.array([[3.0, 1.0], [1.0, 1.0]]), np.array([[2.0, 1.0], [0.0, 5.0], [2.0, 0.0]])
-    # Task 1: 3 beats all three, 1 beats one: 4/6. Task 2: 1 ties 1, loses to 5, beats 0, twice: 3/6.
-    assert improvement(x, y) == pytest.approx((4 / 6 + 3 / 6) / 2)
-    rng = np.random.default_rng(0)
-    for tasks in (1, 3):
-        x, y = rng.integers(0, 4, (5, tasks)).astype(float), rng.integers(0, 4, (4, tasks)).astype(float)
-        assert improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
 
 
 def test_the_bootstrap_keeps_tasks_apart_and_methods_independent():
@@ -630,12 +630,16 @@ def test_rank_correlations():
     assert all(np.isnan(study_report.rank_correlation(*pair)[0]) for pair in ((x[:4], y[:4]), (x, 0 * x)))
 
 
-def test_coverage_without_a_true_difference():
-    measured = coverage(seeds=5, tasks=4, trials=1000)["normal"]
-    assert 0.94 < measured["raw difference, one task"] < 0.985
-    assert 0.89 < measured["difference of IQMs"] < 0.96 and 0.89 < measured["probability of improvement"] < 0.97
-    few, many = (coverage(seeds, 1, 300).loc["difference of IQMs", "some runs fail"] for seeds in (2, 25))
-    assert few < 0.8 < 0.9 < many
+def test_intervals_contain_the_truth_as_often_as_they_say():
+    """Of methods that do not differ, on five seeds: Welch's even where three runs in ten fail."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(1000):
+        x, y = rng.normal(0.8, 0.2, (2, 5))
+        x, y = (np.where(rng.random(5) < 0.3, rng.normal(0.1, 0.05, 5), z) for z in (x, y))
+        _, low, high, p = contrast((1, x), (-1, y))
+        hits += low <= 0 <= high
+        assert (p > 0.05) == (low <= 0 <= high)
+    assert 0.94 < hits / 1000 < 0.985
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -696,28 +700,29 @@ def test_the_report_says_what_the_tables_hold(reported, monkeypatch):
     assert "**1 of 36 runs are missing** (`B__F__noise__seed-3`). `study.py run small` completes them." in text
     assert "2 to 3 seeds each, 96 environment steps" in text
     assert "**Not in the aggregates**: G" in text
+    assert f"at most ±{MARGIN:.0%} of what A reaches above the uniform policy" in text
     half = 4.302653 * 10 / 3**0.5
     assert f"| A | 20.0 ({20 - half:.2f} to {20 + half:.1f}), n = 3 |" in text
     half = stats.t.ppf(0.975, 4) * (200 / 3) ** 0.5
-    assert f"| B − A | E | clean | 3, 3 | +10.0 ({10 - half:.1f} to {10 + half:.1f}) | tie |" in text
-    assert "| B − A | F | clean | 3, 3 | +2.00 (-0.27 to 4.27) | tie |" in text  # 2.776 · √(2/3)
-    expected = stats.ttest_ind([20, 30, 40], [5, 6, 7], equal_var=False).confidence_interval(0.95)
-    assert f"| B − A | E | noise | 3, 3 | +24.0 ({expected.low:.2f} to {expected.high:.1f}) | tie |" in text
-    # By noise A loses 20 − 6 = 14 on E, B nothing: B loses less, if the interval excluded zero.
-    assert re.search(r"\| B, A \| E \| noise \| 0.00 \(.*?\) \| 14.0 \(.*?\) \| -14.0 \(.*?\) \| tie \|", text)
-    assert "- B − A: 5 × tie, 1 × B higher" in text
-    assert re.search(r"\| B, A \| G \| noise \| 0.00 \(.*?\) \| 18.0 \(.*?\) \| -18.0 \(.*?\) \| B loses less \|", text)
+    ends = f"{10 - half:.1f} to {10 + half:.1f}"  # A is 10 above the uniform policy
+    assert f"| B − A | E | clean | 3, 3 | +10.0 ({ends}) | {10 * half:.0f} % | 1 | undecided |" in text
+    assert "| B − A | F | clean | 3, 3 | +2.00 (-0.27 to 4.27) | 227 % |" in text  # 2.776 · √(2/3)
+    low, high = stats.ttest_ind([20, 30, 40], [5, 6, 7], equal_var=False).confidence_interval(0.95)
+    assert f"| B − A | E | noise | 3, 3 | +24.0 ({low:.2f} to {high:.1f}) |" in text
+    # By noise A loses 20 − 6 = 14 on E and 18 on G, B nothing. G has no scale: A is not better than the uniform policy.
+    assert re.search(r"\| B − A \| E \| noise \| 3, 3 \| \+14.0 \(.*?\) \| \d+ % \| 1 \| undecided \|", text)
+    p = 9 * 2 * stats.t.sf(18 / (4 / 3) ** 0.5, 8)  # the smallest one of nine
+    assert re.search(rf"\| B − A \| G \| noise \| 3, 3 \| \+18.0 \(.*?\) \| – \| {p:.2g} \| B loses less \|", text)
+    assert "**9 intervals of differences**, of scores and of what noise costs: 0 ties, 7 undecided; 2 exclude" in text
+    assert "leaves 2: B higher (B − A, G, noise); B loses less (B − A, G, noise)." in text
     # IQMs: A clean 0 0 1 1 2 2 → 1; B clean 1 2 2 3 3 4 → the middle four, 2.5.
     assert re.search(r"\| clean \| A \| 3 \| 1.00 \(", text) and re.search(r"\| clean \| B \| 3 \| 2.50 \(", text)
-    # B beats A: on E 1 2 3 against 0 1 2, 6 of 9 and 2 ties; on F 2 3 4 against 0 1 2, 8 of 9 and a tie.
-    wins = (7 / 9 + 8.5 / 9) / 2
-    assert re.search(rf"\| B − A \| clean \| 3, 3 \| \+1.50 \(.*?\) \| [\w ]+ \| {wins:.2f} \(", text)
-    assert "1,000 synthetic studies with this one's 2 seeds and 2 tasks" in text
+    assert re.search(r"\| B − A \| clean \| 3, 3 \| score \| \+1.50 \(", text)
     assert "| E | clean | 6 | 0.100 | 0.320 |" in text
     assert "| A | 2, 2 | 2, 2 | 2, 2 |\n| B | 2, 2 | 2, 1.5 | 2, 2 |" in text  # mean weights
     for figure in re.findall(r"\]\((.*\.png)\)", text):
         assert (folder / figure).exists()
-    assert "learning_curves.png" in text and "profiles.png" in text and "sign_flips.png" in text
+    assert all(f"{name}.png" in text for name in ("differences", "learning_curves", "sign_flips"))
 
 
 def test_a_report_refuses_runs_of_another_study(reported):
