@@ -1,4 +1,5 @@
-"""The tables of final scores in docs/results.md, from `results/scores*.csv` and `results/reference.csv`, in Markdown.
+"""The tables of final scores in docs/results.md, from `results/scores*.csv` and `results/reference.csv`, in Markdown;
+`python docs/results.py` writes them there.
 
     python benchmark/tables.py
 """
@@ -26,71 +27,98 @@ def difference(ours, theirs) -> tuple[float, float, float]:
     return np.mean(ours) - np.mean(theirs), *result.confidence_interval(0.95)
 
 
-def main() -> None:
-    reference, ours, games = defaultdict(dict), defaultdict(dict), []
-    for row in csv.DictReader((RESULTS / "reference.csv").open()):
+def read(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((RESULTS / f"{name}.csv").open()))
+
+
+def peers() -> dict[tuple[str, str, int], dict[int, dict]]:
+    """Rows by method, environment and steps, then by seed: Stable-Baselines3 and the uniform policy."""
+    rows = defaultdict(dict)
+    for row in read("reference"):
         env = re.sub("(.*)NoFrameskip-v4", r"ALE/\1-v5", row["env_id"])
-        reference[row["method"], env, int(row["steps"])][int(row["seed"])] = row
-    for row in csv.DictReader((RESULTS / "scores.csv").open()):
+        rows[row["method"], env, int(row["steps"])][int(row["seed"])] = row
+    return rows
+
+
+def ours() -> dict[tuple[str, str, int], dict[int, dict]]:
+    """Rows by script with flags, environment and steps, then by seed."""
+    rows = defaultdict(dict)
+    for row in read("scores"):
         script, flags = row["command"].split(" ", 1)
         env, seed = (re.search(rf"--{flag} (\S+)", flags).group(1) for flag in ("env-id", "seed"))
         flags = re.sub(r" ?--(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+", "", flags)
-        ours[(script + flags), env, int(row["steps"])][int(seed)] = row
-        if script == "sppo_atari.py" and "--bf16" not in row["command"]:
-            games.append((env, seed, row))
+        rows[(script + flags), env, int(row["steps"])][int(seed)] = row
+    return rows
 
-    print("| game | seed | steps | minutes | trained policy | uniform policy |\n| --- | --- | --- | --- | --- | --- |")
-    for env, seed, row in sorted(games, key=lambda game: game[:2]):
-        uniform = reference["uniform", env, 0][1]
-        cells = []
-        for r in (row, uniform):
-            half = stats.t.ppf(0.975, int(r["episodes"]) - 1) * float(r["std"]) / (int(r["episodes"]) - 1) ** 0.5
-            cells.append(f"{float(r['mean']):.0f} ± {half:.0f} ({r['episodes']} games)")
-        print(f"| {env} | {seed} | {int(row['steps']):,} | {int(row['seconds']) / 60:.0f} | {cells[0]} | {cells[1]} |")
 
-    print("\n| script | environment | steps | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (name, env, steps), rows in sorted(ours.items(), key=lambda item: item[0][1::-1]):
+def games() -> str:
+    lines = ["| game | seed | steps | minutes | trained policy | uniform policy |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for (name, env, steps), rows in sorted(ours().items()):
+        for seed, row in sorted(rows.items()) if name == "sppo_atari.py" else []:
+            cells = []
+            for r in (row, peers()["uniform", env, 0][1]):
+                half = stats.t.ppf(0.975, int(r["episodes"]) - 1) * float(r["std"]) / (int(r["episodes"]) - 1) ** 0.5
+                cells.append(f"{float(r['mean']):.0f} ± {half:.0f} ({r['episodes']} games)")
+            lines.append(f"| {env} | {seed} | {steps:,} | {int(row['seconds']) / 60:.0f} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def beside_peers() -> str:
+    lines = ["| script | environment | steps | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for (name, env, steps), rows in sorted(ours().items(), key=lambda item: item[0][1::-1]):
         scores = {seed: float(rows[seed]["mean"]) for seed in sorted(rows) if seed <= 3}
-        peers = reference["a2c" if "a2c" in name else "ppo", env, steps]
-        uniform = [float(row["mean"]) for row in reference["uniform", env, 0].values()]
+        peer_rows = peers()["a2c" if "a2c" in name else "ppo", env, steps]
+        uniform = [float(row["mean"]) for row in peers()["uniform", env, 0].values()]
         cells = ["–"] * 3
-        if uniform and {1, 2, 3} <= peers.keys():
-            peer = np.mean([float(peers[seed]["mean"]) for seed in (1, 2, 3)])
+        if uniform and {1, 2, 3} <= peer_rows.keys():
+            peer = np.mean([float(peer_rows[seed]["mean"]) for seed in (1, 2, 3)])
             cells = [f"{(peer + uniform[0]) / 2:.0f}", f"{peer:.0f}", f"{uniform[0]:.0f}"]
         listed = ", ".join(f"{score:.0f} (seed {seed})" for seed, score in scores.items())
         mean = f"{np.mean(list(scores.values())):.0f}"
-        print(f"| `{name}` | {env} | {steps:,} | {listed} | {mean} | {' | '.join(cells)} |")
+        lines.append(f"| `{name}` | {env} | {steps:,} | {listed} | {mean} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
-    print("\n| environment | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for env in ("Hopper-v5", "HalfCheetah-v5"):
-        rows, peers = ours["ppo_baseline.py --policy gaussian", env, STEPS], reference["ppo", env, STEPS]
-        seeds = sorted(rows.keys() & peers.keys())
-        if len(seeds) < 2:
+
+def baseline() -> str:
+    """Our PPO against Stable-Baselines3's, on the seeds that both have."""
+    lines = ["| environment | steps | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    for (name, env, steps), rows in sorted(ours().items()):
+        both = sorted(rows.keys() & peers()["ppo", env, steps].keys())
+        if name not in ("ppo_baseline.py --policy gaussian", "ppo_baseline.py") or len(both) < 3:
             continue
-        a, b = ([float(side[seed]["mean"]) for seed in seeds] for side in (rows, peers))
+        a, b = ([float(side[seed]["mean"]) for seed in both] for side in (rows, peers()["ppo", env, steps]))
         gap, low, high = difference(a, b)
         verdict = "not weaker" if low > -0.1 * np.mean(b) else "undecided"
-        print(f"| {env} | {len(seeds)} | {interval(a)[0]:.0f} ± {interval(a)[1]:.0f} | {interval(b)[0]:.0f} ± "
-              f"{interval(b)[1]:.0f} | {gap:+.0f} ({low:+.0f} to {high:+.0f}) | {verdict} |")
+        sides = " | ".join("{:.0f} ± {:.0f}".format(*interval(side)) for side in (a, b))
+        shown = f"{gap:+.0f} ({low:+.0f} to {high:+.0f})"
+        lines.append(f"| {env} | {steps:,} | {len(both)} | {sides} | {shown} | {verdict} |")
+    return "\n".join(lines)
 
 
-    print("\n| script | environment | seeds | before | after | difference (95 % interval) |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    pairs = defaultdict(dict)
-    before = {row["command"]: float(row["mean"]) for row in csv.DictReader((RESULTS / "scores_before.csv").open())}
-    for row in csv.DictReader((RESULTS / "scores.csv").open()):
+def before_and_after() -> str:
+    """Of the shortening of the scripts, on the same commands."""
+    lines = ["| script | environment | seeds | before | after | difference (95 % interval) |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    before, pairs = {row["command"]: float(row["mean"]) for row in read("scores_before")}, defaultdict(list)
+    for row in read("scores"):
         if row["command"] in before:
             kind = re.sub(r" --(seed|total-timesteps|eval-episodes|torch-threads) \S+", "", row["command"])
-            pairs[kind][row["command"]] = before[row["command"]], float(row["mean"])
+            pairs[kind].append((before[row["command"]], float(row["mean"])))
     for kind, scores in sorted(pairs.items()):
-        old, new = zip(*scores.values())
+        old, new = zip(*scores)
         script, env = kind.split(" --env-id ")
         text = "both the same"
         if len(set(old + new)) > 1:
             text = "{:+.0f} ({:+.0f} to {:+.0f})".format(*difference(new, old))
-        print(f"| `{script}` | {env} | {len(old)} | {np.mean(old):.0f} | {np.mean(new):.0f} | {text} |")
+        lines.append(f"| `{script}` | {env} | {len(old)} | {np.mean(old):.0f} | {np.mean(new):.0f} | {text} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print("\n\n".join(part() for part in (games, beside_peers, baseline, before_and_after)))
 
 
 if __name__ == "__main__":

@@ -259,21 +259,29 @@ def aggregates(results: Results) -> list[str]:
     return parts + [table(header, pairs)] * bool(pairs)
 
 
-def spreads(results: Results) -> list[str]:
-    """How much the setting matters, for methods that a grid was expanded from."""
-    study, rows, gaps, matrices = results.study, [], [], {}
+def settings(results: Results) -> dict[tuple[str, str, str], np.ndarray]:
+    """Scores (seeds, settings) of the methods that a grid was expanded from, by method, environment and condition."""
+    study, found = results.study, {}
     for family, *case in product(study.families, study.environments, study.conditions):
         samples = [x for member in study.families[family] if len(x := results.of(member, *case)) > 1]
         if len(samples) > 1:
-            n = min(map(len, samples))
-            matrix = matrices[family, *case] = np.array([x[:n] for x in samples]).T
-            means = matrix.mean(0)
-            rows.append([family, *case, f"{len(means)} × {n}",
-                         *map(number, (means.mean(), means.min(), means.max(), spread(matrix)))])
-    for (a, b), *case in product(study.comparisons, study.environments, study.conditions):
-        if (a, *case) in matrices and (b, *case) in matrices:
-            gap = bootstrap(lambda x, y: spread(x) - spread(y), matrices[a, *case], matrices[b, *case])
-            gaps.append([f"{a} − {b}", *case, *difference(gap, a, b, "higher")])
+            found[family, *case] = np.array([x[: min(map(len, samples))] for x in samples]).T
+    return found
+
+
+def spread_gaps(results: Results) -> list[tuple]:
+    """(a, b, environment, condition, estimate of the spread of a − the spread of b)."""
+    study, of = results.study, settings(results)
+    cases = product(study.comparisons, study.environments, study.conditions)
+    return [(a, b, *case, bootstrap(lambda x, y: spread(x) - spread(y), of[a, *case], of[b, *case]))
+            for (a, b), *case in cases if (a, *case) in of and (b, *case) in of]
+
+
+def spreads(results: Results) -> list[str]:
+    """How much the setting matters."""
+    rows = [[*case, f"{x.shape[1]} × {len(x)}", *map(number, (x.mean(), min(x.mean(0)), max(x.mean(0)), spread(x)))]
+            for case, x in settings(results).items()]
+    gaps = [[f"{a} − {b}", *case, *difference(gap, a, b, "higher")] for a, b, *case, gap in spread_gaps(results)]
     text = ("Over the settings of a grid, of mean scores over seeds. Spread: their standard deviation, without what "
             "the seeds' own variance adds to it. Its difference is bootstrapped over seeds, an approximation at few "
             "seeds.")

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands parse, the README is short. Nothing is fetched, nothing runs."""
+"""README and docs: links lead somewhere, commands parse, the README is short, and results are what the tables say."""
 
 import argparse
 import importlib
@@ -146,3 +146,15 @@ def test_flags_in_the_readme_exist():
     for flag in set(re.findall(r"`--([\w-]+)", TEXTS["README.md"])) - {"help"}:
         name = flag.removeprefix("no-").replace("-", "_")
         assert re.search(rf'(?m)^    {name}: |"--{flag}"', source), flag
+
+
+def test_the_results_are_what_the_tables_say(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    results = importlib.import_module("results")
+    page = tmp_path / "results.md"
+    text = results.PAGE.read_text(encoding="utf-8")
+    emptied = re.sub(r"(<!-- (?!end)\w+ -->).*?(<!-- end -->)", r"\1\n\2", text, flags=re.DOTALL)
+    page.write_text(emptied, encoding="utf-8")
+    monkeypatch.setattr(results, "PAGE", page)
+    results.main()
+    assert page.read_text(encoding="utf-8") == text
