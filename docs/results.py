@@ -25,7 +25,7 @@ Measured = list[tuple[Estimate, str]]  # estimates that are positive if a claim 
 
 
 def percent(estimate: Estimate) -> str:
-    return report.interval(estimate, lambda x: f"{100 * x:.0f}", "+") + " %"
+    return report.interval(estimate, lambda x: f"{round(100 * x)}", "+") + " %"
 
 
 def unit(results: report.Results, env_id: str) -> float:

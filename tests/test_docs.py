@@ -158,3 +158,12 @@ def test_the_results_are_what_the_tables_say(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "PAGE", page)
     results.main()
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_the_readme_has_the_verdicts_of_the_results():
+    table = TEXTS["docs/results.md"].split("<!-- end -->")[0]
+    claims = dict(re.findall(r"(?m)^\| ([^|]+) \|.* \| ([a-z ]+) \|$", table))
+    del claims["the claim"]
+    words = "|".join(set(claims.values()))
+    rows = dict(re.findall(rf"(?m)^\| ({words}) \| (.+) \|$", TEXTS["README.md"]))
+    assert {claim: verdict for verdict, text in rows.items() for claim in text.split("; ")} == claims
