@@ -1,8 +1,9 @@
 """What a study says: `report.md` and its figures, from the tables that `study.py collect` wrote.
 
-Every interval is a 95 % interval, and where methods are compared it is one of their difference. Raw scores of a task:
-Welch's t interval, with p-values after Holm (1979) over all of a study's. Aggregates over tasks: stratified bootstrap
-over seeds, tasks held fixed (Agarwal et al., 2021), of normalised scores (score − random) / (reference − random).
+Every interval is a 95 % interval, and where methods are compared it is one of their difference. On a task: Student's
+of differences seed by seed, since runs of the same seed begin alike and their scores go together; p-values after Holm
+(1979) over all of a study's. Over tasks: stratified bootstrap over seeds, tasks held fixed (Agarwal et al., 2021), of
+normalised scores (score − random) / (reference − random).
 """
 
 import re
@@ -19,20 +20,19 @@ from scipy import stats
 from study_file import KEY, Study, StudyError
 
 REPS = 2000  # bootstrap resamples
-MARGIN = 0.15  # a tie's interval is at most ± this, in units of the reference's clean score above random
+MARGIN = 0.15  # a tie's interval lies within ± this, in units of the reference's clean score above random
 CASE = KEY[:3]  # method, environment, condition
 
 
-def contrast(*terms: tuple[float, np.ndarray]) -> tuple[float, float, float, float]:
-    """Σ cᵢ·mean(xᵢ) of independent samples, its 95 % interval (Welch and Satterthwaite) and its two-sided p-value. NaN,
-    which is to say none, where there is no variance to go by: a single seed, or seeds that agree while means do not."""
-    value = sum(c * np.mean(x) for c, x in terms)
-    parts = [c**2 * np.var(x, ddof=1) / len(x) for c, x in terms if len(x) > 1]
-    if len(parts) < len(terms) or sum(parts) == 0:
-        return (0.0, 0.0, 0.0, 1.0) if len(parts) == len(terms) and value == 0 else (value, np.nan, np.nan, np.nan)
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, (_, x) in zip(parts, terms))
-    half = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
-    return value, value - half, value + half, 2 * stats.t.sf(abs(value) / sum(parts) ** 0.5, freedom)
+def contrast(*terms: tuple[float, pd.Series]) -> tuple[float, float, float, float]:
+    """Σ cᵢ·xᵢ seed by seed: its mean over the seeds that all terms have, Student's 95 % interval and two-sided p-value.
+    NaN, which is to say none, where there is no variance to go by: a single seed, or all seeds equally far from 0."""
+    x = sum(c * scores for c, scores in terms).dropna()
+    value, error = x.mean(), x.std() / max(len(x), 1) ** 0.5
+    if not error > 0:
+        return (0.0, 0.0, 0.0, 1.0) if len(x) > 1 and value == 0 else (value, np.nan, np.nan, np.nan)
+    half = stats.t.ppf(0.975, len(x) - 1) * error
+    return value, value - half, value + half, 2 * stats.t.sf(abs(value) / error, len(x) - 1)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -54,20 +54,22 @@ def iqm_contrast(*signs: int):
     return lambda *scores: sum(sign * metrics.aggregate_iqm(x) for sign, x in zip(signs, scores))
 
 
-def spread(scores: np.ndarray) -> float:
-    """Standard deviation over settings of the mean score, without what the seeds add; scores: (seeds, settings)."""
-    between = np.var(scores.mean(0), ddof=1) - np.var(scores, axis=0, ddof=1).mean() / len(scores)
-    return float(max(between, 0) ** 0.5)
+def spread(scores: pd.DataFrame) -> pd.Series:
+    """Standard deviation over settings (columns), by seed. What runs differ by at random is in it, for all methods."""
+    return scores.std(axis=1)
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Spearman's ρ with its 95 % interval (Fisher's z with the standard error of Bonett and Wright, 2000)."""
-    if len(x) < 5 or len(set(x)) < 2 or len(set(y)) < 2:
+def rank_correlation(runs: pd.DataFrame, share: str) -> tuple[float, float, float]:
+    """Spearman's ρ between a share and the score, with its interval: percentile bootstrap over seeds, whose runs by
+    different methods are not independent. Ranks are those among all runs."""
+    if runs.seed.nunique() < 5 or min(runs[share].nunique(), runs.score.nunique()) < 2:
         return np.nan, np.nan, np.nan
-    rho = stats.spearmanr(x, y).statistic
-    half = stats.norm.ppf(0.975) * ((1 + rho**2 / 2) / (len(x) - 3)) ** 0.5
-    z = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
-    return rho, np.tanh(z - half), np.tanh(z + half)
+    ranks, seeds = runs[[share, "score"]].rank().to_numpy(), pd.factorize(runs.seed)[0]
+    n = seeds.max() + 1
+    drawn = np.vstack([np.ones(n), np.random.default_rng(0).multinomial(n, np.ones(n) / n, REPS)])[:, seeds]
+    x, y = (z - (drawn @ z / drawn.sum(1))[:, None] for z in ranks.T)  # first all runs as they are, then the resamples
+    rho = (drawn * x * y).sum(1) / ((drawn * x**2).sum(1) * (drawn * y**2).sum(1)) ** 0.5
+    return rho[0], *np.nanpercentile(rho[1:], (2.5, 97.5))
 
 
 def number(x: float) -> str:
@@ -82,12 +84,12 @@ def interval(estimate: tuple[float, ...], show=number, plus: str = "") -> str:
 
 
 def verdict(estimate: tuple[float, ...], a: str, b: str, word: str, margin: float = np.inf) -> str:
-    """Which of two methods is higher, say, where a positive estimate speaks for a; else whether that means something: a
-    tie's interval is at most ±margin, what is wider is undecided."""
+    """Which of two methods is higher, say, where a positive estimate speaks for a; else a tie if the interval shows the
+    difference to be within ±margin, and undecided if it does not."""
     _, low, high, *_ = estimate
     if low > 0 or high < 0:
         return f"{a if low > 0 else b} {word}"
-    return "no verdict" if np.isnan(low) else "tie" if high - low <= 2 * margin else "undecided"
+    return "no verdict" if np.isnan(low) else "tie" if -margin <= low and high <= margin else "undecided"
 
 
 def difference(estimate: tuple[float, ...], *verdict_of, show=number) -> list[str]:
@@ -128,9 +130,9 @@ class Results:
         self.pairs = [(a, b) for a, b in study.comparisons if a in study.methods and b in study.methods]
         self.differences = differences(self)
 
-    def of(self, *case: str) -> np.ndarray:
-        """Final scores (seeds,) of the finished runs."""
-        return self.cases[case].score.to_numpy(float) if case in self.cases else np.zeros(0)
+    def of(self, *case: str) -> pd.Series:
+        """Scores of the finished runs by seed."""
+        return self.cases[case].score if case in self.cases else pd.Series(dtype=float)
 
     def normalized(self, method: str, condition: str) -> np.ndarray | None:
         """(seeds, tasks) of the seeds that are finished on every task; None if these are fewer than two."""
@@ -164,8 +166,8 @@ def head(results: Results, command: str) -> list[str]:
         f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds each, "
         f"{' or '.join(f'{n:,}' for n in sorted(set(results.runs.steps)))} environment steps. A run's score is the "
         f"mean raw return of {which}. Intervals are 95 % intervals. A difference whose interval contains zero is a tie "
-        f"where the interval is at most ±{MARGIN:.0%} of what {study.reference} reaches above the uniform policy "
-        f"without noise, and undecided where it is wider.", verdicts(results.differences),
+        f"where the interval lies within ±{MARGIN:.0%} of what {study.reference} reaches above the uniform policy "
+        f"without noise, else undecided.", verdicts(results.differences),
     ]
     if n_missing == 0:
         return [*parts, f"All of its runs are finished. `{command}` repeats them."]
@@ -197,7 +199,7 @@ def differences(results: Results) -> pd.DataFrame:
     for (a, b), env_id, condition in product(results.pairs, study.environments, study.conditions):
         x, y, *clean = (results.of(m, env_id, at) for at in (condition, study.clean) for m in (a, b))
         unit = results.reference[env_id] - results.random[env_id] if env_id in results.tasks else np.nan
-        row = [a, b, env_id, condition, f"{len(x)}, {len(y)}", unit]
+        row = [a, b, env_id, condition, len(x.index.intersection(y.index)), unit]
         if len(x) and len(y):
             rows.append([*row, "score", contrast((1, x), (-1, y))])
         if condition != study.clean and all(map(len, (x, y, *clean))):
@@ -215,20 +217,21 @@ def verdicts(found: pd.DataFrame) -> str:
     counts = Counter(found.verdict[found.p.notna()])
     n, ties, undecided = counts.total(), counts["tie"], counts["undecided"]
     names = [f"{x.verdict} ({x.a} − {x.b}, {x.environment}, {x.condition})" for x in found[found.p < 0.05].itertuples()]
-    return (f"**{n} intervals of differences**, of scores and of what noise costs: {ties} ties, {undecided} undecided; "
-            f"{n - ties - undecided} exclude zero, which chance alone would do to {0.05 * n:.1f}. Holm's correction "
-            f"over all of them leaves {len(names)}{': ' if names else ''}{'; '.join(names)}.")
+    return (f"**{n} intervals of differences** on single tasks, of scores and of what noise costs: {ties} ties, "
+            f"{undecided} undecided; {n - ties - undecided} exclude zero, which chance alone would do to "
+            f"{0.05 * n:.1f}. Holm's correction over all of them leaves {len(names)}{': ' if names else ''}"
+            f"{'; '.join(names)}.")
 
 
 def raw_differences(results: Results) -> list[str]:
     parts, header = [], ["difference", "environment", "condition", "seeds", "raw", "±", "p", "verdict"]
     for of, title, text in (
-        ("score", "## Differences", f"Raw scores (Welch's t interval); half the interval's width in percent of what "
+        ("score", "## Differences", f"Raw scores, seed by seed; half the interval's width in percent of what "
          f"{results.study.reference} reaches above the uniform policy without noise; the p-value after Holm."),
         ("loss", "## Lost by noise", "How much less the first method loses than the second; positive is more robust, "
          "whatever the scores."),
     ):
-        rows = [[f"{x.a} − {x.b}", x.environment, x.condition, x.seeds, interval(x.estimate, plus="+"),
+        rows = [[f"{x.a} − {x.b}", x.environment, x.condition, str(x.seeds), interval(x.estimate, plus="+"),
                  f"{50 * (x.estimate[2] - x.estimate[1]) / x.unit:.0f} %", f"{x.p:.2g}", x.verdict]
                 for x in results.differences[results.differences.of == of].itertuples()]
         parts += [title, text, table(header, rows).replace("| nan % |", "| – |")] if rows else []
@@ -259,32 +262,33 @@ def aggregates(results: Results) -> list[str]:
     return parts + [table(header, pairs)] * bool(pairs)
 
 
-def settings(results: Results) -> dict[tuple[str, str, str], np.ndarray]:
+def settings(results: Results) -> dict[tuple[str, str, str], pd.DataFrame]:
     """Scores (seeds, settings) of the methods that a grid was expanded from, by method, environment and condition."""
     study, found = results.study, {}
     for family, *case in product(study.families, study.environments, study.conditions):
-        samples = [x for member in study.families[family] if len(x := results.of(member, *case)) > 1]
-        if len(samples) > 1:
-            found[family, *case] = np.array([x[: min(map(len, samples))] for x in samples]).T
+        table = pd.DataFrame({member: results.of(member, *case) for member in study.families[family]}).dropna()
+        if len(table):
+            found[family, *case] = table
     return found
 
 
 def spread_gaps(results: Results) -> list[tuple]:
-    """(a, b, environment, condition, estimate of the spread of a − the spread of b)."""
+    """(a, b, environment, condition, spread of a − spread of b)."""
     study, of = results.study, settings(results)
     cases = product(study.comparisons, study.environments, study.conditions)
-    return [(a, b, *case, bootstrap(lambda x, y: spread(x) - spread(y), of[a, *case], of[b, *case]))
+    return [(a, b, *case, contrast((1, spread(of[a, *case])), (-1, spread(of[b, *case]))))
             for (a, b), *case in cases if (a, *case) in of and (b, *case) in of]
 
 
 def spreads(results: Results) -> list[str]:
     """How much the setting matters."""
-    rows = [[*case, f"{x.shape[1]} × {len(x)}", *map(number, (x.mean(), min(x.mean(0)), max(x.mean(0)), spread(x)))]
-            for case, x in settings(results).items()]
+    rows = []
+    for case, x in settings(results).items():
+        shown = map(number, (x.to_numpy().mean(), x.mean().min(), x.mean().max(), spread(x).mean()))
+        rows.append([*case, f"{x.shape[1]} × {len(x)}", *shown])
     gaps = [[f"{a} − {b}", *case, *difference(gap, a, b, "higher")] for a, b, *case, gap in spread_gaps(results)]
-    text = ("Over the settings of a grid, of mean scores over seeds. Spread: their standard deviation, without what "
-            "the seeds' own variance adds to it. Its difference is bootstrapped over seeds, an approximation at few "
-            "seeds.")
+    text = ("Over the settings of a grid. Mean, lowest and highest are of means over seeds; spread is the standard "
+            "deviation of a seed's scores over the settings, which has in it what runs differ by at random.")
     header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread"]
     parts = ["## Spread over settings", text, table(header, rows)] if rows else []
     return parts + [table(["difference", "environment", "condition", "of spreads", "verdict"], gaps)] * bool(gaps)
@@ -305,18 +309,18 @@ def weights(results: Results) -> list[str]:
 def sign_flips(results: Results) -> list[str]:
     study, rows, correlations = results.study, [], []
     shares = dict(flips_noise="by noise", flips_normalization="by normalisation")
-    for env_id, condition in product(study.environments, [*study.conditions, "all"]):
+    for env_id, condition in product(study.environments, [*study.conditions, "all with flips by noise"]):
         runs = results.runs[results.runs.environment == env_id]
-        runs = runs if condition == "all" else runs[runs.condition == condition]
+        runs = runs[runs.condition == condition] if condition in study.conditions else runs[runs.flips_noise > 0]
         shown = [env_id, condition, str(len(runs))]
-        if condition != "all" and len(runs):
+        if condition in study.conditions and len(runs):
             rows.append([*shown, *(f"{runs[name].mean():.3f}" for name in shares)])
-        estimates = (rank_correlation(runs[name], runs.score) for name in shares)
+        estimates = (rank_correlation(runs, name) for name in shares)
         correlations.append([*shown, *(interval(estimate, "{:.2f}".format, "+") for estimate in estimates)])
     text = ("Share of samples whose advantage changes sign by reward noise and by minibatch normalisation, mean over "
-            "all updates and runs; then Spearman's ρ between a run's share and its final score, methods and seeds "
-            "together, with its interval (Fisher's z). Across conditions it says little about causes: the noise moves "
-            "both.")
+            "all updates and runs; then Spearman's ρ between a run's share and its score, methods and seeds together "
+            "(bootstrap over seeds). It says little about causes: the score moves the shares as well, and across "
+            "conditions the noise moves both.")
     header, names = ["environment", "condition", "runs"], shares.values()
     return ["## Sign flips", text, table([*header, *names], rows),
             table([*header, *(f"ρ, {name}" for name in names)], correlations)]
@@ -325,7 +329,7 @@ def sign_flips(results: Results) -> list[str]:
 def figures(results: Results) -> list[str]:
     """Draws what there is to draw; returns the section that shows it."""
     sns.set_theme(context="paper", style="ticks")
-    study, parts, size = results.study, ["## Figures"], dict(height=1.8, aspect=1.4, facet_kws=dict(sharey=False))
+    study, parts, size = results.study, ["## Figures"], dict(height=1.8, aspect=1.4, facet_kws=dict(sharey="row"))
 
     def show(name: str, figure, text: str) -> None:
         figure.savefig(results.folder / f"{name}.png", dpi=100, bbox_inches="tight")
@@ -333,21 +337,22 @@ def figures(results: Results) -> list[str]:
         parts.extend([f"![{text}]({name}.png)", f"*{text}.*"])
 
     def grid(rows: pd.DataFrame, **options):
-        return sns.relplot(rows, **options, **size).set_titles("{col_name}", "{row_name}", "{col_name}", size=8).figure
+        titles = "{row_name}\n{col_name}" if "row" in options else None, None, "{col_name}"
+        return sns.relplot(rows, **options, **size).set_titles(*titles, size=8).figure
 
     if results.differences.unit.notna().any():
         show("differences", forest(results), f"Differences with their intervals, in units of what {study.reference} "
              f"reaches above the uniform policy without noise; grey: ±{MARGIN:.0%}; filled: p < 0.05 after Holm")
     if study.families and results.tasks:
         show("heat_maps", heat_maps(results), "Mean scores over seeds, in the same units, a field for each setting")
-    curves = [results.evaluations[results.evaluations.method == method].assign(pair=f"{a} − {b}", method=place)
-              for a, b in results.pairs for place, method in (("first", a), ("second", b))]
+    points = results.evaluations
+    curves = [points[points.method == method].assign(pair=f"{a} (blue), {b} (orange)", hue=method == b)
+              for a, b in results.pairs for method in (a, b)]
     if curves and len(curves := pd.concat(curves)):
-        curves["panel"] = curves.pair + "\n" + curves.environment + ", " + curves.condition
-        wrap = len(study.environments) * len(study.conditions)
-        show("learning_curves", grid(curves, kind="line", x="step", y="score", hue="method", col="panel", col_wrap=wrap,
-             errorbar=lambda x: contrast((1, x))[1:3]), "Mean raw return of the evaluations of both methods with its t "
-             "interval at every point")
+        curves["panel"] = curves.environment + ", " + curves.condition
+        show("learning_curves", grid(curves, kind="line", x="step", y="score", hue="hue", row="pair", col="panel",
+             legend=False, errorbar=lambda x: contrast((1, x))[1:3]), "Mean raw return of the evaluations of both "
+             "methods with its t interval at every point")
     if len(study.conditions) > 1:
         show("sign_flips", grid(results.runs, x="flips_noise", y="score", hue="condition", col="environment"),
              "A run's share of sign flips by noise against its score")
@@ -357,7 +362,7 @@ def figures(results: Results) -> list[str]:
 def forest(results: Results):
     """Differences of scores, and of what noise costs: a row of panels for each environment."""
     lines = [(*pair, at) for pair in results.pairs for at in results.study.conditions]
-    rows, kinds = list(results.tasks), dict(score="score", loss="less lost by noise")
+    rows, kinds = list(results.tasks), dict(score="score", loss="less lost by noise or flips")
     figure, axes = plt.subplots(len(rows), 2, sharey=True, squeeze=False, layout="constrained",
                                 figsize=(7, len(rows) * (0.7 + 0.15 * len(lines))))
     for (row, env_id), (column, of) in product(enumerate(rows), enumerate(kinds)):
@@ -372,6 +377,8 @@ def forest(results: Results):
             ax.plot(value, y, "o", color=color, markersize=4, markerfacecolor=color if x.p < 0.05 else "white")
         ax.set_yticks(range(len(lines)), [f"{a} − {b}, {at}" for a, b, at in lines], size=6)
         ax.set_ylim(len(lines) - 0.5, -0.5)
+    unit = f"in units of what {results.study.reference} reaches above the uniform policy without noise"
+    figure.supxlabel(unit, size=8)
     return figure
 
 
