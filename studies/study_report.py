@@ -329,16 +329,17 @@ def sign_flips(results: Results) -> list[str]:
 def figures(results: Results) -> list[str]:
     """Draws what there is to draw; returns the section that shows it."""
     sns.set_theme(context="paper", style="ticks")
-    study, parts, size = results.study, ["## Figures"], dict(height=1.8, aspect=1.4, facet_kws=dict(sharey="row"))
+    study, parts, one = results.study, ["## Figures"], len(results.study.environments) == 1  # task: scores are alike
+    size = dict(height=2, aspect=1.2, facet_kws=dict(sharey="row" if one else False))
 
     def show(name: str, figure, text: str) -> None:
-        figure.savefig(results.folder / f"{name}.png", dpi=100, bbox_inches="tight")
+        figure.savefig(results.folder / f"{name}.png", dpi=120, bbox_inches="tight")
         plt.close(figure)
         parts.extend([f"![{text}]({name}.png)", f"*{text}.*"])
 
     def grid(rows: pd.DataFrame, **options):
         titles = "{row_name}\n{col_name}" if "row" in options else None, None, "{col_name}"
-        return sns.relplot(rows, **options, **size).set_titles(*titles, size=8).figure
+        return sns.relplot(rows, **options, **size).set_titles(*titles, size=7).figure
 
     if results.differences.unit.notna().any():
         show("differences", forest(results), f"Differences with their intervals, in units of what {study.reference} "
@@ -346,7 +347,7 @@ def figures(results: Results) -> list[str]:
     if study.families and results.tasks:
         show("heat_maps", heat_maps(results), "Mean scores over seeds, in the same units, a field for each setting")
     points = results.evaluations
-    curves = [points[points.method == method].assign(pair=f"{a} (blue), {b} (orange)", hue=method == b)
+    curves = [points[points.method == method].assign(pair=f"{a} (blue),\n{b} (orange)", hue=method == b)
               for a, b in results.pairs for method in (a, b)]
     if curves and len(curves := pd.concat(curves)):
         curves["panel"] = curves.environment + ", " + curves.condition
