@@ -1,8 +1,8 @@
-"""Writes the numbers of docs/results.md: what lies between <!-- NAME --> and <!-- end -->, from the committed tables.
+"""Writes the numbers of docs/results.md and the README's verdicts: what lies between <!-- NAME --> and <!-- end -->.
 
     python docs/results.py
 
-It runs nothing that learns: `studies/study.py collect`, `benchmark/score.py` and their like wrote the tables.
+From the committed tables, which `studies/study.py collect`, `benchmark/score.py` and their like wrote. Nothing learns.
 """
 
 import re
@@ -19,7 +19,7 @@ import study_report as report  # noqa: E402
 import tables  # noqa: E402
 from study_file import load  # noqa: E402
 
-PAGE = ROOT / "docs" / "results.md"
+PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
 SCALES = dict(cartpole_noise=None, robustness_calm=None, z_values=None, alpha_beta_grid=None, sign_flips=None,
               beta_atari="laptop", robustness_continuous="laptop")  # fmt: skip
 Estimate = tuple[float, float, float]  # with the interval's ends
@@ -51,12 +51,18 @@ def verdict(measured: Measured) -> str:
     return "tie" if all(lows >= -report.MARGIN) and all(highs <= report.MARGIN) else "undecided"
 
 
+def tasks_of(results: report.Results | None, every: bool = False) -> list[str]:
+    """Those that count beside `cartpole_noise`, of which other studies have some of their runs; or every one."""
+    borrowed = not every and results and results.study.name in ("z_values", "sign_flips")
+    return [x for x in results.tasks if not (borrowed and x == "CartPole-v1")] if results else []
+
+
 def compare(results: report.Results | None, pairs: list[tuple[str, str]], conditions: list[str], what: str,
-            lost: bool = False) -> Measured:
+            lost: bool = False, every: bool = False) -> Measured:
     """Mean over conditions of the score a − b, or of how much less than b a loses by noise, in units of the reference's
     clean score above the uniform policy."""
     measured = []
-    for (a, b), env_id in ((pair, env_id) for pair in pairs for env_id in (results.tasks if results else [])):
+    for (a, b), env_id in ((pair, env_id) for pair in pairs for env_id in tasks_of(results, every)):
         terms = [(sign / len(conditions), results.of(method, env_id, condition))
                  for condition in conditions for sign, method in ((1, a), (-1, b))]
         clean = [(sign, results.of(method, env_id, results.study.clean)) for sign, method in ((-1, a), (1, b))]
@@ -68,11 +74,18 @@ def compare(results: report.Results | None, pairs: list[tuple[str, str]], condit
 def cost(results: report.Results | None, method: str, condition: str) -> Measured:
     """What a condition costs a method, in the same units."""
     measured, clean = [], results.study.clean if results else ""
-    for env_id in results.tasks if results else []:
+    for env_id in tasks_of(results):
         terms = (1, results.of(method, env_id, clean)), (-1, results.of(method, env_id, condition))
         estimate = tuple(np.array(report.contrast(*terms)[:3]) / unit(results, env_id))
         measured.append((estimate, f"{condition} costs {method}, {env_id}, {seeds_of(results)}: {percent(estimate)}"))
     return measured
+
+
+def compare_all(results: report.Results, a: str, b: str, conditions: list[str], what: str) -> Measured:
+    """Over all tasks, difference of interquartile means: of scores, or with two conditions of what the first costs."""
+    scores = [results.normalized(method, condition) for condition in conditions for method in (a, b)]
+    estimate = report.bootstrap(report.iqm_contrast(*(1, -1, -1, 1)[: len(scores)]), *scores)
+    return [(estimate, f"{a} − {b}, {len(results.tasks)} tasks{what}, {seeds_of(results)}: {percent(estimate)}")]
 
 
 def correlations(results: report.Results | None) -> str:
@@ -123,35 +136,38 @@ def sa2c() -> Measured:
     return measured
 
 
-def claims(studies: dict[str, report.Results]) -> str:
-    pole, calm, z, grid, flips = (studies.get(name) for name in list(SCALES)[:5])
+def claims(studies: dict[str, report.Results]) -> list[list[str]]:
+    """Claim, what the paper reports, what was measured, verdict."""
+    pole, calm, z, grid, flips, _, four = map(studies.get, SCALES)
     plain, language = [("SPPO plain", "PPO mean weight")], [("plain SPPO", "mean-weight control")]
     calm_plain, noises = [("DSPPO plain", "DPPO mean weight")], ["noise 0.2", "noise 1"]
     near = [("Z-1", "Z-0.5"), ("Z-1", "Z-2"), ("plain Z-1", "plain Z-0.5"), ("plain Z-1", "plain Z-2")]
     rows = [
         ("SPPO beats PPO on control tasks", "SPPO above PPO; 30 seeds, β tuned per task",
          compare(pole, [("SPPO", "PPO")], ["noise 0"], "") + compare(z, [("Z-1", "PPO")], ["flips 0"], "")
-         + compare(calm, [("DSPPO", "DPPO")], ["noise 0"], ""), ""),
+         + compare(calm, [("DSPPO", "DPPO")], ["noise 0"], "")
+         + compare_all(four, "DSPPO", "DPPO", ["noise 0"], ""), ""),
         ("it loses less by noisy rewards", "the same, with reward noise 0.05",
          compare(pole, [("SPPO", "PPO")], noises, ", less lost by noise 0.2 and 1", lost=True)
-         + compare(calm, [("DSPPO", "DPPO")], ["noise 0.05"], ", less lost by noise 0.05", lost=True), ""),
+         + compare(calm, [("DSPPO", "DPPO")], ["noise 0.05"], ", less lost by noise 0.05", lost=True)
+         + compare_all(four, "DSPPO", "DPPO", ["noise 0.05", "noise 0"], ", less lost by noise 0.05"), ""),
         ("reweighting samples helps against wrong signs", "why it is to work; as released it does not reweight",
          compare(pole, plain, noises, ", noise 0.2 and 1")
-         + compare(calm, calm_plain, ["noise 0.05", "noise 0.2"], ", noise 0.05 and 0.2"),
+         + compare(calm, calm_plain, ["noise 0.05", "noise 0.2"], ", noise 0.05 and 0.2")
+         + compare_all(four, *calm_plain[0], ["noise 0.05"], ", noise 0.05"),
          "the plain form, ours, beside its control"),
         ("wrong signs are what does harm", "shares of sign flips",
          cost(pole, "PPO", "flips 0.3") + cost(z, "PPO", "flips 0.3"), correlations(flips or pole)),
         ("its hyperparameters matter less", "good scores over a range of α and β", sensitivity(grid), ""),
-        ("Z = −1 is a good choice", "−1 throughout", compare(z, near, ["flips 0", "flips 0.3"], ""),
+        ("Z = −1 is a good choice", "−1 throughout", compare(z, near, ["flips 0", "flips 0.3"], "", every=True),
          "only β·Z matters, bit for bit (a test)"),
         ("it helps against errors of a learned reward model", "better on IMDB and TL;DR",
          learned_rewards([("SPPO", "PPO"), *language]), "small models"),
         ("SPPO beats PPO on Atari", "UpNDown, 5,000,000 steps: 126,830 against 58,289", [], ""),
         ("SA2C beats A2C on Atari", "SA2C above A2C, 5,000,000 steps, β tuned per game", sa2c(), ""),
     ]
-    shown = [[claim, reported, "; ".join([*(text for _, text in measured), *[note] * bool(note)]), verdict(measured)]
-             for claim, reported, measured, note in rows]
-    return report.table(["the claim", "the paper reports", "measured here", "verdict"], shown)
+    return [[claim, reported, "; ".join([*(text for _, text in measured), *[note] * bool(note)]), verdict(measured)]
+            for claim, reported, measured, note in rows]
 
 
 def section(results: report.Results) -> str:
@@ -177,15 +193,22 @@ def section(results: report.Results) -> str:
 def main() -> None:
     folders = {name: ROOT / "studies" / "results" / name for name in SCALES}
     studies = {name: report.Results(load(name, SCALES[name]), x) for name, x in folders.items() if x.exists()}
+    rows = claims(studies)
+    words = sorted({row[-1] for row in rows})
+    by_verdict = [[word, "; ".join(row[0] for row in rows if row[-1] == word)] for word in words]
     blocks = {name: section(results) for name, results in studies.items()} | dict(
-        claims=claims(studies), games=tables.games(), beside_peers=tables.beside_peers(), baseline=tables.baseline(),
-        before_and_after=tables.before_and_after())  # fmt: skip
-    text = PAGE.read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        begin, end = text.index(f"<!-- {name} -->\n"), text.index("<!-- end -->", text.index(f"<!-- {name} -->"))
-        block = re.sub(r"(?<![\w`-])-(?=\d)", "−", block)
-        text = text[:begin] + f"<!-- {name} -->\n\n{block}\n\n" + text[end:]
-    PAGE.write_text(text, encoding="utf-8")
+        claims=report.table(["the claim", "the paper reports", "measured here", "verdict"], rows),
+        verdicts=report.table(["verdict", "claims"], by_verdict), games=tables.games(),
+        beside_peers=tables.beside_peers(), baseline=tables.baseline(), before_and_after=tables.before_and_after(),
+    )  # fmt: skip
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"<!-- (?!end)(\w+) -->", text):
+            begin = text.index(f"<!-- {name} -->")
+            end = text.index("<!-- end -->", begin)
+            block = re.sub(r"(?<![\w`-])-(?=\d)", "−", blocks[name])
+            text = text[:begin] + f"<!-- {name} -->\n{block}\n" + text[end:]
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
