@@ -146,7 +146,7 @@ def claims(studies: dict[str, report.Results]) -> list[list[str]]:
         ("SPPO beats PPO on control tasks", "SPPO above PPO; 30 seeds, β tuned per task",
          compare(pole, [("SPPO", "PPO")], ["noise 0"], "") + compare(z, [("Z-1", "PPO")], ["flips 0"], "")
          + compare(calm, [("DSPPO", "DPPO")], ["noise 0"], "")
-         + compare_all(four, "DSPPO", "DPPO", ["noise 0"], ""), ""),
+         + compare_all(four, "DSPPO", "DPPO", ["noise 0"], ""), "Z-1 and DSPPO are SPPO, DPPO is PPO"),
         ("it loses less by noisy rewards", "the same, with reward noise 0.05",
          compare(pole, [("SPPO", "PPO")], noises, ", less lost by noise 0.2 and 1", lost=True)
          + compare(calm, [("DSPPO", "DPPO")], ["noise 0.05"], ", less lost by noise 0.05", lost=True)
