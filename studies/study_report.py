@@ -167,7 +167,7 @@ def head(results: Results, command: str) -> list[str]:
         f"{' or '.join(f'{n:,}' for n in sorted(set(results.runs.steps)))} environment steps. A run's score is the "
         f"mean raw return of {which}. Intervals are 95 % intervals. A difference whose interval contains zero is a tie "
         f"where the interval lies within ±{MARGIN:.0%} of what {study.reference} reaches above the uniform policy "
-        f"without noise, else undecided.", verdicts(results.differences),
+        f"without noise, else undecided.", *[verdicts(results.differences)] * bool(len(results.differences)),
     ]
     if n_missing == 0:
         return [*parts, f"All of its runs are finished. `{command}` repeats them."]
@@ -286,7 +286,10 @@ def spreads(results: Results) -> list[str]:
     for case, x in settings(results).items():
         shown = map(number, (x.to_numpy().mean(), x.mean().min(), x.mean().max(), spread(x).mean()))
         rows.append([*case, f"{x.shape[1]} × {len(x)}", *shown])
-    gaps = [[f"{a} − {b}", *case, *difference(gap, a, b, "higher")] for a, b, *case, gap in spread_gaps(results)]
+    gaps = []
+    for a, b, env_id, condition, gap in spread_gaps(results):
+        margin = MARGIN * (results.reference[env_id] - results.random[env_id])
+        gaps.append([f"{a} − {b}", env_id, condition, *difference(gap, a, b, "higher", margin)])
     text = ("Over the settings of a grid. Mean, lowest and highest are of means over seeds; spread is the standard "
             "deviation of a seed's scores over the settings, which has in it what runs differ by at random.")
     header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread"]
@@ -387,7 +390,7 @@ def heat_maps(results: Results):
     """Mean scores over the settings of a grid's methods, as their names say them: a row of maps for each of these."""
     families, cases = results.study.families, [*product(results.tasks, results.study.conditions)]
     figure, axes = plt.subplots(len(families), len(cases), squeeze=False, layout="constrained",
-                                figsize=(2.5 * len(cases), 1.6 * len(families)))
+                                figsize=(3.5 * len(cases), 1.6 * len(families)))
     for (row, family), (column, (env_id, condition)) in product(enumerate(families), enumerate(cases)):
         rows, random = [], results.random[env_id]
         for member in families[family]:
