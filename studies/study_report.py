@@ -288,10 +288,11 @@ def spreads(results: Results) -> list[str]:
         rows.append([*case, f"{x.shape[1]} × {len(x)}", *shown])
     gaps = []
     for a, b, env_id, condition, gap in spread_gaps(results):
-        margin = MARGIN * (results.reference[env_id] - results.random[env_id])
+        margin = MARGIN * spread(settings(results)[b, env_id, condition]).mean()
         gaps.append([f"{a} − {b}", env_id, condition, *difference(gap, a, b, "higher", margin)])
     text = ("Over the settings of a grid. Mean, lowest and highest are of means over seeds; spread is the standard "
-            "deviation of a seed's scores over the settings, which has in it what runs differ by at random.")
+            "deviation of a seed's scores over the settings, which has in it what runs differ by at random. "
+            "Differences of spreads are in raw score; a tie is within 15 % of the second one's.")
     header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread"]
     parts = ["## Spread over settings", text, table(header, rows)] if rows else []
     return parts + [table(["difference", "environment", "condition", "of spreads", "verdict"], gaps)] * bool(gaps)
