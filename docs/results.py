@@ -153,8 +153,11 @@ def claims(studies: dict[str, report.Results]) -> list[list[str]]:
          + compare_all(four, "DSPPO", "DPPO", "noise 0", ""), "Z-1 and DSPPO are SPPO, DPPO is PPO"),
         ("it loses less by noisy rewards", "the same, with reward noise 0.05",
          compare(pole, [("SPPO", "PPO")], noises, ", less lost by noise, mean of 0.2 and 1", lost=True)
+         + compare(flips, [("SPPO", "PPO")], ["noise 0.1", "noise 0.2"], ", less lost by noise, mean of 0.1 and 0.2",
+                   lost=True)
          + compare(calm, [("DSPPO", "DPPO")], ["noise 0.05"], ", less lost by noise 0.05", lost=True)
-         + compare_all(four, "DSPPO", "DPPO", "noise 0.05", ", less lost by noise 0.05", lost=True), ""),
+         + compare_all(four, "DSPPO", "DPPO", "noise 0.05", ", less lost by noise 0.05", lost=True),
+         "see the row above for how much less it had to lose"),
         ("reweighting samples helps against wrong signs", "why it is to work; as released it does not reweight",
          compare(pole, plain, noises, ", mean of noise 0.2 and 1")
          + compare(calm, calm_plain, ["noise 0.05", "noise 0.2"], ", mean of noise 0.05 and 0.2")
