@@ -57,28 +57,33 @@ def tasks_of(results: report.Results | None, every: bool = False) -> list[str]:
     return [x for x in results.tasks if not (borrowed and x == "CartPole-v1")] if results else []
 
 
+def measure(results: report.Results, env_id: str, terms: list[tuple[float, pd.Series]]) -> tuple[Estimate, str]:
+    """A contrast in units of the reference's clean score above the uniform policy, and where it is from."""
+    estimate = tuple(np.array(report.contrast(*terms)[:3]) / unit(results, env_id))
+    seeds = len(pd.concat([scores for _, scores in terms], axis=1).dropna())
+    return estimate, f"{seeds} seeds: {percent(estimate)}"
+
+
 def compare(results: report.Results | None, pairs: list[tuple[str, str]], conditions: list[str], what: str,
             lost: bool = False, every: bool = False) -> Measured:
-    """Mean over conditions of the score a − b, or of how much less than b a loses by noise, in units of the reference's
-    clean score above the uniform policy."""
+    """Mean over conditions of the score a − b, or of how much less than b a loses by noise."""
     measured = []
     for (a, b), env_id in ((pair, env_id) for pair in pairs for env_id in tasks_of(results, every)):
         terms = [(sign / len(conditions), results.of(method, env_id, condition))
                  for condition in conditions for sign, method in ((1, a), (-1, b))]
         clean = [(sign, results.of(method, env_id, results.study.clean)) for sign, method in ((-1, a), (1, b))]
-        estimate = tuple(np.array(report.contrast(*terms, *clean * lost)[:3]) / unit(results, env_id))
-        measured.append((estimate, f"{a} − {b}, {env_id}{what}, {seeds_of(results)}: {percent(estimate)}"))
+        estimate, text = measure(results, env_id, [*terms, *clean * lost])
+        measured.append((estimate, f"{a} − {b}, {env_id}{what}, {text}"))
     return measured
 
 
 def cost(results: report.Results | None, method: str, condition: str) -> Measured:
-    """What a condition costs a method, in the same units."""
+    """What a condition costs a method."""
     measured, clean = [], results.study.clean if results else ""
     for env_id in tasks_of(results):
-        terms = (1, results.of(method, env_id, clean)), (-1, results.of(method, env_id, condition))
-        estimate = tuple(np.array(report.contrast(*terms)[:3]) / unit(results, env_id))
-        text = f"{method} loses by {condition}, {env_id}, {seeds_of(results)}: {percent(estimate)}"
-        measured.append((estimate, text))
+        terms = [(1, results.of(method, env_id, clean)), (-1, results.of(method, env_id, condition))]
+        estimate, text = measure(results, env_id, terms)
+        measured.append((estimate, f"{method} loses by {condition}, {env_id}, {text}"))
     return measured
 
 
@@ -90,16 +95,12 @@ def compare_all(results: report.Results, a: str, b: str, condition: str, what: s
     return [(estimate, f"{a} − {b}, {len(results.tasks)} tasks{what}, {seeds_of(results)}: {percent(estimate)}")]
 
 
-def correlations(results: report.Results | None) -> str:
-    """Spearman's ρ between a run's share of sign flips by noise and its score within a noise level. It decides nothing:
-    the score can move the share as well."""
-    texts = []
-    for env_id, condition in ((x, y) for x in results.tasks for y in results.study.conditions) if results else []:
-        runs = results.runs[(results.runs.environment == env_id) & (results.runs.condition == condition)]
-        if runs.flips_noise.max() > 0:
-            rho = report.interval(report.rank_correlation(runs, "flips_noise"), "{:.2f}".format, "+")
-            texts.append(f"{env_id}, {condition}: {rho}")
-    return "rank correlation of score and flips by noise, " * bool(texts) + "; ".join(texts)
+def correlations(results: report.Results) -> str:
+    """Spearman's ρ between a run's share of sign flips by noise and its score within a noise level, over all of these. It
+    decides nothing: the score can move the share as well."""
+    levels = [rows for _, rows in results.runs.groupby(["environment", "condition"]) if rows.flips_noise.max() > 0]
+    rho = [report.rank_correlation(rows, "flips_noise")[0] for rows in levels]
+    return f"within noise levels the rank correlation of score and flips by noise is {min(rho):.2f} to +{max(rho):.2f}"
 
 
 def sensitivity(results: report.Results | None) -> Measured:
