@@ -27,6 +27,11 @@ def difference(ours, theirs) -> tuple[float, float, float]:
     return np.mean(ours) - np.mean(theirs), *result.confidence_interval(0.95)
 
 
+def markdown(header: str, rows: list[list]) -> str:
+    lines = [header.split(" | "), ["---"] * len(header.split(" | ")), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def read(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader((RESULTS / f"{name}.csv").open()))
 
@@ -52,21 +57,19 @@ def ours() -> dict[tuple[str, str, int], dict[int, dict]]:
 
 
 def games() -> str:
-    lines = ["| game | seed | steps | minutes | trained policy | uniform policy |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = []
     for (name, env, steps), rows in sorted(ours().items()):
         for seed, row in sorted(rows.items()) if name == "sppo_atari.py" else []:
             cells = []
             for r in (row, peers()["uniform", env, 0][1]):
                 half = stats.t.ppf(0.975, int(r["episodes"]) - 1) * float(r["std"]) / (int(r["episodes"]) - 1) ** 0.5
                 cells.append(f"{float(r['mean']):.0f} ± {half:.0f} ({r['episodes']} games)")
-            lines.append(f"| {env} | {seed} | {steps:,} | {int(row['seconds']) / 60:.0f} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+            lines.append([env, seed, f"{steps:,}", f"{int(row['seconds']) / 60:.0f}", *cells])
+    return markdown("game | seed | steps | minutes | trained policy | uniform policy", lines)
 
 
 def beside_peers() -> str:
-    lines = ["| script | environment | steps | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = []
     for (name, env, steps), rows in sorted(ours().items(), key=lambda item: item[0][1::-1]):
         scores = {seed: float(rows[seed]["mean"]) for seed in sorted(rows) if seed <= 3}
         peer_rows = peers()["a2c" if "a2c" in name else "ppo", env, steps]
@@ -77,14 +80,14 @@ def beside_peers() -> str:
             cells = [f"{(peer + uniform[0]) / 2:.0f}", f"{peer:.0f}", f"{uniform[0]:.0f}"]
         listed = ", ".join(f"{score:.0f} (seed {seed})" for seed, score in scores.items())
         mean = f"{np.mean(list(scores.values())):.0f}"
-        lines.append(f"| `{name}` | {env} | {steps:,} | {listed} | {mean} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"`{name}`", env, f"{steps:,}", listed, mean, *cells])
+    header = "script | environment | steps | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform"
+    return markdown(header, lines)
 
 
 def baseline() -> str:
     """Our PPO against Stable-Baselines3's, on the seeds that both have."""
-    lines = ["| environment | steps | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = []
     for (name, env, steps), rows in sorted(ours().items()):
         both = sorted(rows.keys() & peers()["ppo", env, steps].keys())
         if name not in ("ppo_baseline.py --policy gaussian", "ppo_baseline.py") or len(both) < 3:
@@ -92,16 +95,15 @@ def baseline() -> str:
         a, b = ([float(side[seed]["mean"]) for seed in both] for side in (rows, peers()["ppo", env, steps]))
         gap, low, high = difference(a, b)
         verdict = "not weaker" if low > -0.1 * np.mean(b) else "undecided"
-        sides = " | ".join("{:.0f} ± {:.0f}".format(*interval(side)) for side in (a, b))
-        shown = f"{gap:+.0f} ({low:+.0f} to {high:+.0f})"
-        lines.append(f"| {env} | {steps:,} | {len(both)} | {sides} | {shown} | {verdict} |")
-    return "\n".join(lines)
+        sides = ("{:.0f} ± {:.0f}".format(*interval(side)) for side in (a, b))
+        lines.append([env, f"{steps:,}", len(both), *sides, f"{gap:+.0f} ({low:+.0f} to {high:+.0f})", verdict])
+    header = "environment | steps | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict"
+    return markdown(header, lines)
 
 
 def before_and_after() -> str:
     """Of the shortening of the scripts, on the same commands."""
-    lines = ["| script | environment | seeds | before | after | difference (95 % interval) |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = []
     before, pairs = {row["command"]: float(row["mean"]) for row in read("scores_before")}, defaultdict(list)
     for row in read("scores"):
         if row["command"] in before:
@@ -113,8 +115,8 @@ def before_and_after() -> str:
         text = "both the same"
         if len(set(old + new)) > 1:
             text = "{:+.0f} ({:+.0f} to {:+.0f})".format(*difference(new, old))
-        lines.append(f"| `{script}` | {env} | {len(old)} | {np.mean(old):.0f} | {np.mean(new):.0f} | {text} |")
-    return "\n".join(lines)
+        lines.append([f"`{script}`", env, len(old), f"{np.mean(old):.0f}", f"{np.mean(new):.0f}", text])
+    return markdown("script | environment | seeds | before | after | difference (95 % interval)", lines)
 
 
 def main() -> None:

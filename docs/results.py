@@ -96,7 +96,7 @@ def compare_all(results: report.Results, a: str, b: str, condition: str, what: s
 
 
 def correlations(results: report.Results) -> str:
-    """Spearman's ρ between a run's share of sign flips by noise and its score within a noise level, over all of these. It
+    """Spearman's ρ between a run's share of sign flips by noise and its score within a noise level: the range of it. It
     decides nothing: the score can move the share as well."""
     levels = [rows for _, rows in results.runs.groupby(["environment", "condition"]) if rows.flips_noise.max() > 0]
     rho = [report.rank_correlation(rows, "flips_noise")[0] for rows in levels]
