@@ -172,7 +172,7 @@ def claims(studies: dict[str, report.Results]) -> list[list[str]]:
         ("SA2C beats A2C on Atari", "SA2C above A2C, 5,000,000 steps, β tuned per game", sa2c(),
          "of A2C's score; one game, default weights, which make the policy loss small"),
     ]
-    return [[claim, reported, "; ".join([*(text for _, text in measured), *[note] * bool(note)]), verdict(measured)]
+    return [[claim, reported, "<br>".join([*(text for _, text in measured), *[note] * bool(note)]), verdict(measured)]
             for claim, reported, measured, note in rows]
 
 
