@@ -216,10 +216,12 @@ def verdicts(found: pd.DataFrame) -> str:
     """What is left of a study's differences when all of them are taken together."""
     counts = Counter(found.verdict[found.p.notna()])
     n, ties, undecided = counts.total(), counts["tie"], counts["undecided"]
-    names = [f"{x.verdict} ({x.a} − {x.b}, {x.environment}, {x.condition})" for x in found[found.p < 0.05].itertuples()]
+    left = found[found.p < 0.05]
+    names = [f"{word} ({a} − {b}, {env_id}, {', '.join(rows.condition)})" for (word, a, b, env_id), rows in
+             left.groupby(["verdict", "a", "b", "environment"], sort=False)]  # fmt: skip
     return (f"**{n} intervals of differences** on single tasks, of scores and of what noise costs: {ties} ties, "
             f"{undecided} undecided; {n - ties - undecided} exclude zero, which chance alone would do to "
-            f"{0.05 * n:.1f}. Holm's correction over all of them leaves {len(names)}{': ' if names else ''}"
+            f"{0.05 * n:.1f}. Holm's correction over all of them leaves {len(left)}{': ' if names else ''}"
             f"{'; '.join(names)}.")
 
 
@@ -374,7 +376,7 @@ def forest(results: Results):
         ax, found = axes[row, column], results.differences
         ax.axvspan(-MARGIN, MARGIN, color="0.92")
         ax.axvline(0, color="0.5", linewidth=0.8)
-        ax.set_title(f"{env_id}, {kinds[of]}", size=8)
+        ax.set_title(f"{env_id}\n{kinds[of]}", size=8)
         for x in found[(found.of == of) & (found.environment == env_id)].itertuples():
             (value, low, high), y = np.array(x.estimate[:3]) / x.unit, lines.index((x.a, x.b, x.condition))
             color = f"C{results.pairs.index((x.a, x.b))}"
