@@ -286,16 +286,18 @@ def spreads(results: Results) -> list[str]:
     """How much the setting matters."""
     rows = []
     for case, x in settings(results).items():
+        p = stats.friedmanchisquare(*x.to_numpy().T).pvalue if x.shape[1] > 2 and len(x) > 1 else np.nan
         shown = map(number, (x.to_numpy().mean(), x.mean().min(), x.mean().max(), spread(x).mean()))
-        rows.append([*case, f"{x.shape[1]} × {len(x)}", *shown])
+        rows.append([*case, f"{x.shape[1]} × {len(x)}", *shown, f"{p:.2g}".replace("nan", "–")])
     gaps = []
     for a, b, env_id, condition, gap in spread_gaps(results):
         margin = MARGIN * spread(settings(results)[b, env_id, condition]).mean()
         gaps.append([f"{a} − {b}", env_id, condition, *difference(gap, a, b, "higher", margin)])
     text = ("Over the settings of a grid. Mean, lowest and highest are of means over seeds; spread is the standard "
-            "deviation of a seed's scores over the settings, which has in it what runs differ by at random. "
+            "deviation of a seed's scores over the settings, which has in it what runs differ by at random; p is "
+            "Friedman's, of no setting being better than another (not corrected). "
             "Differences of spreads are in raw score; a tie is within 15 % of the second one's.")
-    header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread"]
+    header = ["method", "environment", "condition", "settings × seeds", "mean", "lowest", "highest", "spread", "p"]
     parts = ["## Spread over settings", text, table(header, rows)] if rows else []
     return parts + [table(["difference", "environment", "condition", "of spreads", "verdict"], gaps)] * bool(gaps)
 

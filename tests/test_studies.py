@@ -760,6 +760,6 @@ def test_a_grid_is_reported_as_a_spread(tmp_path, monkeypatch):
     (tmp_path / "random.csv").write_text("environment,episodes,mean,std\nE,100,0,1\n")
     study_report.report(study, tmp_path, "")
     text = (tmp_path / "report.md").read_text()
-    assert "| B | E | clean | 3 × 2 | 21.0 | 10.5 | 31.5 | 10.5 |" in text
-    assert "| C | E | clean | 3 × 2 | 6.00 | 6.00 | 6.00 | 0.00 |" in text
+    assert "| B | E | clean | 3 × 2 | 21.0 | 10.5 | 31.5 | 10.5 | 0.14 |" in text  # χ² = 4
+    assert "| C | E | clean | 3 × 2 | 6.00 | 6.00 | 6.00 | 0.00 | – |" in text
     assert "| B − C | E | clean | +10.5 (4.15 to 16.9) | B higher |" in text
