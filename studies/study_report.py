@@ -212,17 +212,17 @@ def differences(results: Results) -> pd.DataFrame:
     return found
 
 
-def verdicts(found: pd.DataFrame) -> str:
-    """What is left of a study's differences when all of them are taken together."""
-    counts = Counter(found.verdict[found.p.notna()])
+def verdicts(found: pd.DataFrame, named: bool = True) -> str:
+    """What is left of a study's differences when all of them are taken together, with the names of those or without."""
+    counts, of = Counter(found.verdict[found.p.notna()]), Counter(found.of[found.p.notna()])
     n, ties, undecided = counts.total(), counts["tie"], counts["undecided"]
     left = found[found.p < 0.05]
     names = [f"{word} ({a} − {b}, {env_id}, {', '.join(rows.condition)})" for (word, a, b, env_id), rows in
              left.groupby(["verdict", "a", "b", "environment"], sort=False)]  # fmt: skip
-    return (f"**{n} intervals of differences** on single tasks, of scores and of what noise costs: {ties} ties, "
-            f"{undecided} undecided; {n - ties - undecided} exclude zero, which chance alone would do to "
-            f"{0.05 * n:.1f}. Holm's correction over all of them leaves {len(left)}{': ' if names else ''}"
-            f"{'; '.join(names)}.")
+    return (f"**{n} intervals of differences** on single tasks, {of['score']} of scores and {of['loss']} of what noise "
+            f"costs: {ties} ties, {undecided} undecided; {n - ties - undecided} exclude zero, which chance alone would "
+            f"do to {0.05 * n:.1f}. Holm's correction over all of them leaves {len(left)}"
+            f"{': ' + '; '.join(names) if named and names else ''}.")
 
 
 def raw_differences(results: Results) -> list[str]:

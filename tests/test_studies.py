@@ -722,8 +722,9 @@ def test_the_report_says_what_the_tables_hold(reported, monkeypatch):
     p = 7 * 2 * stats.t.sf(19 * 3**0.5, 2)  # the smallest one of seven; that of 18 is raised to it
     assert f"| B − A | G | noise | 3 | +19.0 (16.5 to 21.5) | – | {p:.2g} | B higher |" in text
     assert f"| B − A | G | noise | 3 | +18.0 (15.5 to 20.5) | – | {p:.2g} | B loses less |" in text
-    assert "**7 intervals of differences** on single tasks, of scores and of what noise costs: 0 ties, 4 und" in text
+    assert "**7 intervals of differences** on single tasks, 5 of scores and 2 of what noise costs: 0 ties, 4" in text
     assert "leaves 2: B higher (B − A, G, noise); B loses less (B − A, G, noise)." in text
+    assert "leaves 2." in study_report.verdicts(Results(study, folder).differences, named=False)
     # IQMs: A clean 0 0 1 1 2 2 → 1; B clean 1 2 2 3 3 4 → the middle four, 2.5.
     assert re.search(r"\| clean \| A \| 3 \| 1.00 \(", text) and re.search(r"\| clean \| B \| 3 \| 2.50 \(", text)
     assert re.search(r"\| B − A \| clean \| 3, 3 \| score \| \+1.50 \(", text)
