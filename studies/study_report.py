@@ -371,11 +371,13 @@ def figures(results: Results) -> list[str]:
 def forest(results: Results):
     """Differences of scores, and of what noise costs: a row of panels for each environment."""
     lines = [(*pair, at) for pair in results.pairs for at in results.study.conditions]
-    rows, kinds = list(results.tasks), dict(score="score", loss="less lost by noise or flips")
-    figure, axes = plt.subplots(len(rows), 2, sharey=True, squeeze=False, layout="constrained",
-                                figsize=(7, len(rows) * (0.7 + 0.15 * len(lines))))
-    for (row, env_id), (column, of) in product(enumerate(rows), enumerate(kinds)):
-        ax, found = axes[row, column], results.differences
+    rows, found = list(results.tasks), results.differences
+    kinds = dict(score="score", loss="less lost by noise or flips")
+    panels = [of for of in kinds if of in set(found.of)]
+    figure, axes = plt.subplots(len(rows), len(panels), sharey=True, squeeze=False, layout="constrained",
+                                figsize=(1 + 3 * len(panels), len(rows) * (0.7 + 0.15 * len(lines))))
+    for (row, env_id), (column, of) in product(enumerate(rows), enumerate(panels)):
+        ax = axes[row, column]
         ax.axvspan(-MARGIN, MARGIN, color="0.92")
         ax.axvline(0, color="0.5", linewidth=0.8)
         ax.set_title(f"{env_id}\n{kinds[of]}", size=8)
