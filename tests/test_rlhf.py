@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -709,7 +710,7 @@ REFUSED = [  # flags, what the line says
     ("--prompts empty.txt", "empty.txt"),
     ("--prompts latin.csv", "utf-8"),
     ("--prompts broken.jsonl", ""),
-    ("--prompts table.tsv", "datasets"),
+    ("--prompts table.tsv", "table.tsv" if find_spec("datasets") else "datasets"),
     ("--eval-episodes 30", "fewer than --eval-episodes"),
     ("--response-length 60", "--response-length must be"),
     ("--prompt-length 60", "--prompt-length and"),
