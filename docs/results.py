@@ -27,8 +27,7 @@ Measured = list[tuple[Estimate, str]]  # estimates that are positive if a claim 
 
 
 def percent(estimate: Estimate) -> str:
-    shown = report.interval(estimate, lambda x: f"{round(100 * x)}", "+") + " %"
-    return shown.removeprefix("+") if shown.startswith("+0 ") else shown
+    return report.interval(estimate, lambda x: f"{round(100 * x)}", "+") + " %"
 
 
 def unit(results: report.Results, env_id: str) -> float:
@@ -88,7 +87,7 @@ def cost(results: report.Results, env_id: str, method: str, condition: str) -> t
     """What a condition costs a method."""
     terms = [(1, results.of(method, env_id, results.study.clean)), (-1, results.of(method, env_id, condition))]
     estimate, text = measure(results, env_id, terms)
-    return estimate, f"{condition} costs {method}, {env_id}, {text}"
+    return estimate, f"{condition} cost {method}, {env_id}, {text}"
 
 
 def sensitivity(results: report.Results, method: str) -> Measured:
@@ -199,7 +198,7 @@ def section(results: report.Results) -> str:
         *report.spreads(results)[2:],
         *[report.table(["difference", "task", *study.conditions], rows)] * bool(rows),
         *[report.verdicts(found, named=False)] * bool(rows),
-        f"[The whole report, with what noise costs]({path}/report.md)",
+        f"[The whole report]({path}/report.md)",
     ])  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def number(x: float) -> str:
 
 def interval(estimate: tuple[float, ...], show=number, plus: str = "") -> str:
     value, low, high, *_ = estimate
-    value_shown = (plus if value > 0 else "") + show(value)
+    value_shown = (plus if value > 0 and show(value).strip("0.") else "") + show(value)
     bounds = "no interval" if np.isnan(low) else f"{show(low)} to {show(high)}"
     return "–" if np.isnan(value) else f"{value_shown} ({bounds})"
 
