@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -457,6 +458,17 @@ def test_a_score_may_be_the_mean_of_all_evaluations(smoke, tmp_path):
     collect(study, folder, tmp_path)
     runs, evaluations = (pd.read_csv(tmp_path / name) for name in ("runs.csv", "evaluations.csv"))
     np.testing.assert_allclose(runs.score, evaluations.score.to_numpy().reshape(-1, 2).mean(1), rtol=1e-6)
+
+
+def test_runs_under_way_have_a_curve_so_far(smoke, tmp_path):
+    shutil.copytree(smoke[0], tmp_path / "smoke")
+    (tmp_path / "smoke/PPO-mean-weight__CartPole-v1__clean__seed-1/done.json").unlink()
+    (tmp_path / "smoke/PPO-mean-weight__CartPole-v1__clean__seed-2").rename(tmp_path / "not begun")
+    collect(load("smoke"), tmp_path / "smoke", tmp_path)
+    begun, whole = ((folder / "evaluations.csv").read_text() for folder in (tmp_path, smoke[0] / "results"))
+    lost = "PPO mean weight,CartPole-v1,clean,2,"
+    assert begun == "".join(line for line in whole.splitlines(True) if not line.startswith(lost))
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1 + 5 < len(begun.splitlines()) == 1 + 12
 
 
 def test_smoke_is_reported(smoke):
