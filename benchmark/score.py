@@ -50,7 +50,7 @@ def main() -> None:
     command = " ".join([script, *flags])
     if RESULTS.exists() and any(row["command"] == command for row in csv.DictReader(RESULTS.open())):
         return print("already there:", command)
-    start, git = time.time(), ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", "*.py"]
+    start, git = time.time(), ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", ":(glob)*.py"]  # the scripts
     commit = subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:  # the run's own files are not needed
         done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, stdout=subprocess.PIPE, text=True)

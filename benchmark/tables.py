@@ -56,6 +56,10 @@ def ours() -> dict[tuple[str, str, int], dict[int, dict]]:
     return rows
 
 
+def commits(rows) -> str:
+    return ", ".join(sorted({row["commit"] for row in rows}))
+
+
 def games() -> str:
     lines = []
     for (name, env, steps), rows in sorted(ours().items()):
@@ -80,8 +84,8 @@ def beside_peers() -> str:
             cells = [f"{(peer + uniform[0]) / 2:.0f}", f"{peer:.0f}", f"{uniform[0]:.0f}"]
         listed = ", ".join(f"{score:.0f} (seed {seed})" for seed, score in scores.items())
         mean = f"{np.mean(list(scores.values())):.0f}"
-        lines.append([f"`{name}`", env, f"{steps:,}", listed, mean, *cells])
-    header = "script | environment | steps | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform"
+        lines.append([f"`{name}`", env, f"{steps:,}", commits(rows[seed] for seed in scores), listed, mean, *cells])
+    header = "script | environment | steps | code | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform"
     return markdown(header, lines)
 
 
@@ -96,8 +100,9 @@ def baseline() -> str:
         gap, low, high = difference(a, b)
         verdict = "not weaker" if low > -0.1 * np.mean(b) else "undecided"
         sides = ("{:.0f} ± {:.0f}".format(*interval(side)) for side in (a, b))
-        lines.append([env, f"{steps:,}", len(both), *sides, f"{gap:+.0f} ({low:+.0f} to {high:+.0f})", verdict])
-    header = "environment | steps | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict"
+        code = commits(rows[seed] for seed in both)
+        lines.append([env, f"{steps:,}", code, len(both), *sides, f"{gap:+.0f} ({low:+.0f} to {high:+.0f})", verdict])
+    header = "environment | steps | code | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict"
     return markdown(header, lines)
 
 
