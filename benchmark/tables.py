@@ -1,5 +1,5 @@
-"""The tables of final scores in docs/results.md, from `results/scores*.csv` and `results/reference.csv`, in Markdown;
-`python docs/results.py` writes them there.
+"""The tables of final scores in docs/checks.md and docs/results.md, from `results/scores*.csv` and
+`results/reference.csv`, in Markdown; `python docs/results.py` writes them there.
 
     python benchmark/tables.py
 """

@@ -1,4 +1,4 @@
-"""Writes the numbers of docs/results.md and the README's verdicts: what lies between <!-- NAME --> and <!-- end -->.
+"""Writes the tables of results.md, checks.md and the README: what lies between <!-- NAME --> and <!-- end -->.
 
     python docs/results.py
 
@@ -19,7 +19,7 @@ import study_report as report  # noqa: E402
 import tables  # noqa: E402
 from study_file import load  # noqa: E402
 
-PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
+PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "checks.md", ROOT / "README.md"]
 SCALES = dict(cartpole_noise=None, robustness_calm=None, z_values=None, alpha_beta_grid=None, sign_flips=None,
               beta_atari="laptop", robustness_continuous="laptop")  # fmt: skip
 Estimate = tuple[float, float, float, float]  # with the interval's ends and a p-value
@@ -126,7 +126,7 @@ def sa2c() -> tuple[Measured, str]:
     above = a2c.mean() - float(tables.peers()["uniform", name, 0][1]["mean"])
     default, equal = (report.contrast((1 / above, of[flags]), (-1 / above, a2c))
                       for flags in ("", " --alpha 0.871 --beta 1.742"))
-    text = f"SA2C with a mean weight near 1 − A2C, {name}, 200,000 steps, {len(a2c)} seeds: {percent(equal)}"
+    text = f"SA2C (mean weight near 1) − A2C, {name}, 200,000 steps, {len(a2c)} seeds: {percent(equal)}"
     return [(equal, text)], f"with default weights, whose policy loss is smaller, not counted: {percent(default)}"
 
 
@@ -149,25 +149,27 @@ def claims(studies: dict[str, report.Results]) -> list[list[str]]:
 
     rows = [
         ("SPPO learns faster than PPO on control tasks", "SPPO above PPO; 30 seeds, β tuned per task",
-         released(clean), "D: discretised actions, as in all rows on the double pendulum"),
+         released(clean), "D: discretised actions"),
         ("SPPO ends above PPO on control tasks", "SPPO above PPO", released(clean, end=True), ""),
         ("SPPO learns faster where rewards are noisy", "SPPO above PPO with noise 0.05",
          released(noisy, mean), ""),
         ("SPPO ends above PPO where rewards are noisy", "SPPO above PPO with noise 0.05",
          released(noisy, mean, end=True), ""),
-        ("reweighting samples helps where rewards are noisy", "the idea; SPPO as released does not reweight",
+        ("reweighting samples (our plain form) helps where rewards are noisy", "the idea; the released form has none",
          compare(pole, [("SPPO plain", "PPO mean weight")], noisy[0], mean)
          + compare(calm, [("DSPPO plain", "DPPO mean weight")], noisy[1], mean),
-         "with the plain form, which is ours; without noise it is as far behind on the double pendulum, or farther"),
+         "without noise it is as far behind on the double pendulum, or farther"),
         ("wrong signs do harm", "shares of sign flips",
          [cost(pole, "CartPole-v1", "PPO", "flips 0.3"), cost(z, "InvertedDoublePendulum-v5", "PPO", "flips 0.3")], ""),
         ("SPPO depends less on its hyperparameters than PPO", "good scores over a range of α and β",
-         sensitivity(grid, "SPPO"), ours(sensitivity(grid, "SPPO plain"))),
+         sensitivity(grid, "SPPO"),
+         "SPPO and PPO weighted are one method but for rounding<br>" + ours(sensitivity(grid, "SPPO plain"))),
         ("Z = −1 is a good choice", "−1 throughout", compare(z, near[0], ["flips 0"]),
          "only β·Z matters, bit for bit (a test)<br>" + ours(compare(z, near[1], ["flips 0"]))),
         ("SPPO helps against errors of a learned reward model", "better on IMDB and TL;DR",
          learned_rewards([("SPPO", "PPO")]),
-         "small models<br>" + ours(learned_rewards([("plain SPPO", "mean-weight control")]), ", beside its control")),
+         "small models ([which](language_models.md))<br>"
+         + ours(learned_rewards([("plain SPPO", "mean-weight control")]), ", beside its control")),
         ("SPPO beats PPO on Atari", "UpNDown, 5,000,000 steps: 126,830 against 58,289",
          compare(games, [("SPPO beta=1", "PPO")], ["noise 0"], ", 100,000 steps"), ""),
         ("SA2C beats A2C on Atari", "SA2C above A2C, 5,000,000 steps, β tuned per game", *sa2c()),

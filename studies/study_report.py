@@ -220,8 +220,8 @@ def verdicts(found: pd.DataFrame, named: bool = True) -> str:
     names = [f"{word} ({a} − {b}, {env_id}, {', '.join(rows.condition)})" for (word, a, b, env_id), rows in
              left.groupby(["verdict", "a", "b", "environment"], sort=False)]  # fmt: skip
     return (f"**{n} intervals of differences** on single tasks, {of['score']} of scores and {of['loss']} of what noise "
-            f"costs: {ties} ties, {undecided} undecided; {n - ties - undecided} exclude zero, which chance alone would "
-            f"do to {0.05 * n:.1f}. Holm's correction over all of them leaves {len(left)}"
+            f"costs: {ties} ties, {undecided} undecided; {n - ties - undecided} exclude zero, where chance alone "
+            f"makes {0.05 * n:.1f} do so. Holm's correction over all of them leaves {len(left)}"
             f"{': ' + '; '.join(names) if named and names else ''}.")
 
 
