@@ -204,6 +204,15 @@ def section(results: report.Results) -> str:
     ])  # fmt: skip
 
 
+def so_far(name: str) -> str:
+    """Every evaluation of a study on one task; its runs may be under way."""
+    points = pd.read_csv(ROOT / "studies" / "results" / name / "evaluations.csv")
+    scores = points.pivot(index="step", columns=["method", "seed"], values="score")
+    rows = [[f"{step:,}", *map(report.number, row)] for step, *row in scores.itertuples()]
+    header = ["steps", *(f"{method}, seed {seed}" for method, seed in scores)]
+    return report.table(header, rows).replace("| nan", "| –")
+
+
 def main() -> None:
     folders = {name: ROOT / "studies" / "results" / name for name in SCALES}
     studies = {name: report.Results(load(name, SCALES[name]), x) for name, x in folders.items() if x.exists()}
@@ -217,6 +226,7 @@ def main() -> None:
         claims=report.table(["the claim", "the paper reports", "measured here", "verdict"], shown),
         verdicts=report.table(["verdict", "claims"], by_verdict), games=tables.games(),
         beside_peers=tables.beside_peers(), baseline=tables.baseline(), before_and_after=tables.before_and_after(),
+        updown=so_far("robustness_atari"),
     )  # fmt: skip
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
