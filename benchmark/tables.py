@@ -1,8 +1,5 @@
 """The tables of final scores in docs/checks.md and docs/results.md, from `results/scores*.csv` and
-`results/reference.csv`, in Markdown; `python docs/results.py` writes them there.
-
-    python benchmark/tables.py
-"""
+`results/reference.csv`, in Markdown; `python docs/results.py` writes them there."""
 
 import csv
 import re
@@ -122,11 +119,3 @@ def before_and_after() -> str:
             text = "{:+.0f} ({:+.0f} to {:+.0f})".format(*difference(new, old))
         lines.append([f"`{script}`", env, len(old), f"{np.mean(old):.0f}", f"{np.mean(new):.0f}", text])
     return markdown("script | environment | seeds | before | after | difference (95 % interval)", lines)
-
-
-def main() -> None:
-    print("\n\n".join(part() for part in (games, beside_peers, baseline, before_and_after)))
-
-
-if __name__ == "__main__":
-    main()

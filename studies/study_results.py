@@ -89,25 +89,25 @@ def adopt(study: Study, folder: Path, results: Path) -> None:
 def collect(study: Study, folder: Path, results: Path) -> None:
     """Writes `runs.csv`, a row per finished run, and `evaluations.csv`, a row per evaluation, of runs under way, too.
 
-    Sign flips and mean weights are means over a run's points, and over those since the evaluation before. Rows of
-    finished runs whose folders are not here stay."""
+    Sign flips and mean weights are means over a run's points, and over those since the evaluation before. Rows of runs
+    whose folders are not here stay."""
     tables = dict(runs=[], evaluations=[])
     kept = {name: dict(list(read_table(results / f"{name}.csv").groupby(KEY))) for name in tables}
     for cell in study.cells:
         record, here = finished(folder / cell.name), any((folder / cell.name).glob("runs/*/events*"))
-        if record and not here:
-            for name, rows in tables.items():
-                rows += kept[name][cell.key].to_dict("records") if cell.key in kept[name] else []
-        elif here:
+        if not here:
+            for name in ["evaluations", *["runs"] * bool(record)]:
+                tables[name] += kept[name][cell.key].to_dict("records") if cell.key in kept[name] else []
+        else:
             key, points, before = dict(zip(KEY, cell.key)), scalars(folder / cell.name), 0
             for logged_at, score in points.get("eval/episodic_return", []):
                 step = logged_at - 1  # scripts log an evaluation a step later
                 tables["evaluations"].append(key | dict(step=step, score=score) | means(points, before, step))
                 before = step
-        if record and here:
-            cost = {name: record[name] for name in ("seconds", "attempts", "command")}
-            score = score if study.score == "last" else mean([value for _, value in points["eval/episodic_return"]])
-            tables["runs"].append(key | dict(steps=step, score=score) | means(points) | cost)
+            if record:
+                cost = {name: record[name] for name in ("seconds", "attempts", "command")}
+                score = score if study.score == "last" else mean([value for _, value in points["eval/episodic_return"]])
+                tables["runs"].append(key | dict(steps=step, score=score) | means(points) | cost)
     if len(tables["runs"]) < len(kept["runs"]):
         raise StudyError(f"{results} holds runs that are not here; `run … --results {results}` counts them as finished")
     results.mkdir(parents=True, exist_ok=True)

@@ -469,6 +469,9 @@ def test_runs_under_way_have_a_curve_so_far(smoke, tmp_path):
     lost = "PPO mean weight,CartPole-v1,clean,2,"
     assert begun == "".join(line for line in whole.splitlines(True) if not line.startswith(lost))
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1 + 5 < len(begun.splitlines()) == 1 + 12
+    (tmp_path / "smoke/PPO-mean-weight__CartPole-v1__clean__seed-1").rename(tmp_path / "elsewhere")
+    collect(load("smoke"), tmp_path / "smoke", tmp_path)
+    assert (tmp_path / "evaluations.csv").read_text() == begun
 
 
 def test_smoke_is_reported(smoke):
