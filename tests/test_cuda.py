@@ -1,6 +1,4 @@
-"""The scripts on a GPU, where there is one: the same updates as on the CPU; runs that change the device.
-
-python -m pytest tests/test_cuda.py"""
+"""The scripts on a GPU, skipped where there is none: the same gradients as on the CPU; runs that change the device."""
 
 import subprocess
 import sys
@@ -19,6 +17,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 ROOT = Path(__file__).parent.parent
 GAME = "--env-id ALE/Breakout-v5 --eval-episodes 1"
 TASK = "--env-id Hopper-v5 --num-steps 256 --num-minibatches 4 --eval-episodes 1"
+KINDS = [(sppo_atari, "atari"), (sppo_continuous, "binned")]
+KINDS += [(ppo_baseline, kind) for kind in ("atari", "binned", "gaussian")]
 COMMANDS = {  # with a number of steps that makes a few iterations
     "sppo_atari.py": (GAME, 2048),
     "ppo_baseline.py": (GAME, 2048),
@@ -44,10 +44,6 @@ def start(name: str, flags: str, folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-KINDS = [(sppo_atari, "atari"), (sppo_continuous, "binned")]
-KINDS += [(ppo_baseline, "atari"), (ppo_baseline, "binned"), (ppo_baseline, "gaussian")]
 
 
 @pytest.mark.parametrize("script, kind", KINDS)
