@@ -69,7 +69,7 @@ class Study:
 
 
 NEEDED = "question beta steps seeds environments conditions methods reference".split()
-SCALED = "steps seeds flags pilot grid environments conditions methods".split()
+SCALED = "question steps seeds flags pilot grid environments conditions methods".split()
 ALLOWED = [*NEEDED, *"power flags comparisons values grid pilot scale score".split()]
 RESERVED = "--env-id --seed --total-timesteps --torch-threads --resume".split()
 
@@ -136,8 +136,8 @@ def build(table: dict, name: str, scale: str | None) -> Study:
             raise StudyError(f"a comparison is a pair of methods; this is none: {pair}")
     families = {family: list(members) for family, members in expanded.items() if len(members) > 1}
     return Study(
-        name=name + (f"-{scale}" if scale else ""), question=table["question"], beta=table["beta"],
-        power=table.get("power", ""), cells=cells,
+        name=name + (f"-{scale}" if scale else ""), question=chosen.get("question", table["question"]),
+        beta=table["beta"], power=table.get("power", ""), cells=cells,
         methods=list(methods), environments=list(environments), conditions=list(conditions),
         clean=next((label for label, flags in conditions.items() if not flags.strip()), None),
         reference=table["reference"], comparisons=[pair for pair in comparisons if set(pair) <= {*methods, *families}],

@@ -112,7 +112,8 @@ class Results:
                                          for name in ("runs", "evaluations", "random"))
         except FileNotFoundError as error:
             raise StudyError(f"there is no {error.filename}; `study.py collect` makes it") from None
-        self.runs, self.evaluations = (rows[rows.pilot == 0] for rows in (runs, evaluations))
+        self.runs = runs[runs.pilot == 0]
+        self.evaluations = evaluations.merge(self.runs[KEY])  # of runs that are finished
         if self.runs.empty:
             raise StudyError(f"no run of {study.name} is finished")
         self.random = random.set_index("environment")["mean"]
@@ -349,7 +350,7 @@ def figures(results: Results) -> list[str]:
         titles = "{row_name}\n{col_name}" if "row" in options else None, None, "{col_name}"
         return sns.relplot(rows, **options, **size).set_titles(*titles, size=7).figure
 
-    if results.differences.unit.notna().any():
+    if results.differences.p.notna().any():
         show("differences", forest(results), f"Differences with their intervals, in units of what {study.reference} "
              f"reaches above the uniform policy without noise; grey: ±{MARGIN:.0%}; filled: p < 0.05 after Holm")
     if study.families and results.tasks:

@@ -151,6 +151,7 @@ c = [0.1, 0.2]
 [pilot]
 seeds = [101]
 [scale.tiny]
+question = "And of one?"
 steps = 7
 seeds = 1
 flags = ""
@@ -188,7 +189,7 @@ def test_a_study_is_every_method_environment_condition_and_seed(tmp_path):
 
 def test_a_scale_is_a_smaller_study(tmp_path):
     study = load(str(write_study(tmp_path, FULL)), "tiny")
-    assert study.name == "small-tiny" and study.comparisons == []
+    assert study.name == "small-tiny" and study.question == "And of one?" and study.comparisons == []
     assert [cell.command({}) for cell in study.cells] == [
         "ppo_baseline.py --env-id CartPole-v1 --seed 1 --total-timesteps 7",
         "ppo_baseline.py --env-id CartPole-v1 --seed 1 --total-timesteps 7 --pg-coef 2.5",
@@ -748,6 +749,17 @@ def test_the_report_says_what_the_tables_hold(reported, monkeypatch):
     for figure in re.findall(r"\]\((.*\.png)\)", text):
         assert (folder / figure).exists()
     assert all(f"{name}.png" in text for name in ("differences", "learning_curves", "sign_flips"))
+
+
+def test_a_report_of_one_seed_has_curves_and_no_intervals(reported):
+    study, folder = reported
+    lines = (folder / "runs.csv").read_text().splitlines()
+    (folder / "runs.csv").write_text("\n".join(line for line in lines if line[0] == "m" or ",1,0,96," in line) + "\n")
+    study_report.report(study, folder, "")
+    assert set(Results(study, folder).evaluations.seed) == {1}  # those of runs under way are not in the curves
+    text = (folder / "report.md").read_text()
+    assert "learning_curves.png" in text and "differences.png" not in text
+    assert "| B − A | E | clean | 1 |" in text
 
 
 def test_a_report_refuses_runs_of_another_study(reported):
