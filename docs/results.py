@@ -130,6 +130,13 @@ def sa2c() -> tuple[Measured, str]:
     return [(equal, text)], f"with default weights, whose policy loss is smaller, not counted: {percent(default)}"
 
 
+def at_full_length(name: str) -> str:
+    """Last evaluations of the finished runs of a study on one task: a seed or two, which decide nothing."""
+    runs = pd.read_csv(ROOT / "studies" / "results" / name / "runs.csv").sort_values(["seed", "method"])
+    scores = (f"{x.method} {report.number(x.score)} (seed {x.seed})" for x in runs.itertuples())
+    return f"after {runs.steps.max():,} steps, not counted: {', '.join(scores)}"
+
+
 def ours(measured: Measured, beside: str = "") -> str:
     """Of the plain form, which the paper does not have: it is said, but decides nothing about the paper's claims."""
     shown = "; ".join(text.rpartition(": ")[2] for _, text in measured)
@@ -171,7 +178,7 @@ def claims(studies: dict[str, report.Results]) -> list[list[str]]:
          "small models ([which](language_models.md))<br>"
          + ours(learned_rewards([("plain SPPO", "mean-weight control")]), ", beside its control")),
         ("SPPO beats PPO on Atari", "UpNDown, 5,000,000 steps: 126,830 against 58,289",
-         compare(games, [("SPPO beta=1", "PPO")], ["noise 0"], ", 100,000 steps"), ""),
+         compare(games, [("SPPO beta=1", "PPO")], ["noise 0"], ", 100,000 steps"), at_full_length("robustness_atari")),
         ("SA2C beats A2C on Atari", "SA2C above A2C, 5,000,000 steps, β tuned per game", *sa2c()),
     ]
     return [[claim, reported, "<br>".join([*(text for _, text in measured), *[note] * bool(note)]), *verdict(measured)]
