@@ -164,7 +164,7 @@ def head(results: Results, command: str) -> list[str]:
     parts = [
         f"# {study.name}", study.question, f"How β was fixed: {study.beta}", *power,
         f"It stands on {n_runs} runs: {counts} ({', '.join(study.conditions)}), "
-        f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds each, "
+        f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seed{'s' * (seeds != [1])} each, "
         f"{' or '.join(f'{n:,}' for n in sorted(set(results.runs.steps)))} environment steps. A run's score is the "
         f"mean raw return of {which}. Intervals are 95 % intervals. A difference whose interval contains zero is a tie "
         f"where the interval lies within ±{MARGIN:.0%} of what {study.reference} reaches above the uniform policy "
