@@ -1,7 +1,6 @@
 """SPPO on Atari: PPO with the symmetric loss of Byun and Perrault (ICML 2025, arXiv 2405.17618).
 
-π is the probability of the action taken, π_old its probability when it was taken, r = π / π_old
-their ratio, and A the advantage. The policy loss has two terms:
+π is the probability of the action taken, π_old when it was taken, r = π / π_old, A the advantage:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
     reverse = -m · A · Z · (1 - π) / π_old      reverse cross-entropy; Z < 0 stands in for log 0,
@@ -10,15 +9,12 @@ their ratio, and A the advantage. The policy loss has two terms:
 
 With α = 1 and β = 0 this is PPO. The gradient of `reverse` is |Z| times the gradient of `forward`.
 So SPPO is PPO whose policy loss is multiplied by α + β|Z|: `--alpha 1.5 --beta 0` trains the same
-as the defaults, but for rounding. Without the division by π_old the two terms really differ: that
-is `--no-importance-weighted-reverse`, the plain form.
+as the defaults, but for rounding. Without the division by π_old the two terms really differ.
 
 One iteration:
-
     1. play `num_envs` games for `num_steps` steps                  collect
-    2. add noise to the rewards, if asked for                       flip_rewards
-    3. compute advantages A and returns A + V                       gae
-    4. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
+    2. add noise, compute advantages A and returns A + V            flip_rewards, gae
+    3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
 Left out: a clipped value loss, as in the released code; values of games that are cut off after
 half an hour, which count as over; games in a checkpoint, since ale-py cannot save them.
@@ -27,6 +23,7 @@ half an hour, which count as over; games in a checkpoint, since ale-py cannot sa
     python sppo_atari.py --resume runs/<run>
 """
 
+import contextlib
 import ctypes
 import os
 import random
@@ -54,14 +51,12 @@ from tqdm import tqdm
 class Args:
     """SPPO on Atari. Defaults are the settings of the paper's released code."""
 
-    # the game
     env_id: str = "ALE/Breakout-v5"  # the game; its frame skip and stickiness are set here
     seed: int = 1  # seed of weights, games, actions, minibatches and noise
     total_timesteps: int = 5_000_000  # environment steps, each of 4 frames
     num_envs: int = 8  # games played side by side
     num_steps: int = 128  # steps in each game per iteration
     repeat_action_probability: float = 0.0  # sticky actions: probability of the last action again
-
     # PPO
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # passes over each batch
@@ -75,17 +70,14 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient
-
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (PPO) term
     beta: float = 1.0  # weight of the reverse term; the released code's example for one game
     Z: float = -1.0  # stands in for log 0, negative; only beta * Z matters
-    importance_weighted_reverse: bool = True  # divide the reverse term by the old probability
-
+    importance_weighted_reverse: bool = True  # divide by the old probability; no: the plain form
     # noise that the learner sees; reported scores are clean
     reward_noise: float = 0.0  # probability that a reward becomes 1 - reward
     advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
-
     # the run
     eval_interval: int = 0  # steps between evaluations; 0: only one, after training
     eval_episodes: int = 10  # full games in an evaluation, actions sampled
@@ -102,17 +94,16 @@ class Args:
 def validate(args: Args) -> None:
     """Raises ValueError for flags that would quietly train something else."""
     batch_size = args.num_envs * args.num_steps
-    noises = (args.reward_noise, args.advantage_noise, args.repeat_action_probability)
     if "game" not in gym.spec(args.env_id).kwargs:
         raise ValueError(f"--env-id {args.env_id} is not an Atari game")
-    if batch_size % args.num_minibatches or not 2 * args.num_minibatches <= batch_size:
+    if batch_size % args.num_minibatches:
         raise ValueError(f"--num-minibatches must divide the {batch_size} steps of a batch")
     if batch_size > args.total_timesteps:
         raise ValueError(f"--total-timesteps must be at least {batch_size}, one batch")
     if args.Z >= 0 or min(args.alpha, args.beta) < 0:
         raise ValueError("--Z must be negative, --alpha and --beta must not")
-    if min(noises) < 0 or max(noises) > 1:
-        raise ValueError("noises and --repeat-action-probability are probabilities, 0 to 1")
+    if not all(0 <= noise <= 1 for noise in (args.reward_noise, args.advantage_noise)):
+        raise ValueError("--reward-noise and --advantage-noise are probabilities, 0 to 1")
 
 
 class Games:
@@ -128,9 +119,8 @@ class Games:
             reward_clipping=False,  # scores are reported as they are
             autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
         )
-        actions = self.envs.ale.get_action_set()
-        self.num_actions = len(actions)
-        self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
+        self.actions = [action.name for action in self.envs.ale.get_action_set()]
+        self.fire = self.actions.index("FIRE") if "FIRE" in self.actions else None
         self.obs, info = self.envs.reset(seed=np.random.randint(2**31, size=num_envs))
         self.lives = info["lives"]
         self.must_fire = np.zeros(num_envs, dtype=bool)
@@ -183,19 +173,16 @@ class AtariAgent(nn.Module):
     def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
         """Policy and values (batch,) for observations (batch, 4, 84, 84) of bytes."""
         pixels = obs.to(memory_format=torch.channels_last) / 255.0  # the faster order in memory
-        features = self.features(pixels)
+        features = self.features(pixels).float()
         with torch.autocast(
             obs.device.type, enabled=False
         ):  # the heads are float32 with --bf16, too
-            features = features.float()
-            policy = Categorical(logits=self.policy(features), validate_args=False)
-            return policy, self.value(features).squeeze(1)
+            return Categorical(logits=self.policy(features)), self.value(features).squeeze(1)
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """The symmetric loss α · forward + β · reverse, and its two terms, as above. All inputs have
-    shape (batch,). Source: the paper; the mask m and the division by π_old are in the released
-    code; the plain form, without the division, is ours."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper; for m
+    and the division by π_old the released code. The plain form, without it, is ours."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
@@ -248,7 +235,7 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
         obs = torch.from_numpy(games.obs).to(device)
         policy, value = agent(obs)
         action = policy.sample()
-        valid = ~games.must_fire  # elsewhere FIRE is pressed instead of the action: no sample
+        rollout["valid"].append(torch.from_numpy(~games.must_fire).to(device))  # else it is FIRE
         reward, done = games.step(action.cpu().numpy())
         rollout["obs"].append(obs)
         rollout["actions"].append(action)
@@ -256,17 +243,15 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
         rollout["values"].append(value)
         rollout["rewards"].append(torch.from_numpy(reward).to(device))
         rollout["dones"].append(torch.from_numpy(done).to(device))
-        rollout["valid"].append(torch.from_numpy(valid).to(device))
-        for i in np.flatnonzero(games.over):
-            finished.append((t, games.score[i], games.length[i]))
+        finished += [(t, games.score[i], games.length[i]) for i in np.flatnonzero(games.over)]
     rollout = {name: torch.stack(steps) for name, steps in rollout.items()}
     rollout["next_value"] = agent(torch.from_numpy(games.obs).to(device))[1]
     return rollout, finished
 
 
-def minibatch_loss(agent: AtariAgent, minibatch: tuple, clip_coef, args: Args):
-    """The loss, and what is logged of it. All of `minibatch` but the observations: (batch,)."""
-    obs, action, old_logprob, advantage, returns = minibatch
+def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip_coef, args: Args):
+    """The loss, and what is logged of it. All inputs but the observations: (batch,)."""
+    advantage = normalize(raw_advantage) if args.norm_adv else raw_advantage
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
         policy, value = agent(obs)
     logprob = policy.log_prob(action)
@@ -276,40 +261,43 @@ def minibatch_loss(agent: AtariAgent, minibatch: tuple, clip_coef, args: Args):
     entropy = policy.entropy().mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-    logratio = (logprob - old_logprob).detach()
-    ratio = logratio.exp()
-    return loss, {
+    ratio = (logprob - old_logprob).exp()
+    logged = {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - logratio).mean(),
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),
         "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
+    if not args.importance_weighted_reverse:  # the mean factor on PPO's gradient, for a control
+        logged["losses/mean_weight"] = (
+            args.alpha + args.beta * abs(args.Z) * old_logprob.exp().mean()
+        )
+    return loss, {tag: value.detach() for tag, value in logged.items()}
 
 
 def update(agent, optimizer, batch, clip_coef, args: Args, minibatch_loss=minibatch_loss) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
     logs = defaultdict(list)
     for _ in range(args.update_epochs):
-        for inds in torch.randperm(len(batch[0])).chunk(args.num_minibatches):
-            obs, action, old_logprob, noisy_advantage, returns = (x[inds] for x in batch)
-            noisy_advantage = flip_signs(noisy_advantage, args.advantage_noise)
-            advantage = normalize(noisy_advantage) if args.norm_adv else noisy_advantage
-
-            minibatch = (obs, action, old_logprob, advantage, returns)
-            loss, logged = minibatch_loss(agent, minibatch, clip_coef, args)
+        inds = torch.randperm(len(batch[0]))
+        for minibatch in zip(*(x[inds].chunk(args.num_minibatches) for x in batch)):
+            obs, action, old_logprob, advantage, returns = minibatch
+            advantage = flip_signs(advantage, args.advantage_noise)
+            loss, logged = minibatch_loss(
+                agent, obs, action, old_logprob, advantage, returns, clip_coef, args
+            )
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
 
-            flipped = advantage.sign() != noisy_advantage.sign()
-            logged["advantage/sign_flips_normalization"] = flipped.float().mean()
             logged["losses/grad_norm"] = grad_norm
             for tag, value in logged.items():
-                logs[tag].append(value.detach())
+                logs[tag].append(value)
     return {tag: torch.stack(values).mean().item() for tag, values in logs.items()}
 
 
@@ -338,9 +326,10 @@ def set_seeds(*names) -> None:
     torch.manual_seed(random.getrandbits(63))
 
 
-def save_checkpoint(path: Path, **state) -> None:
+def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
     """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
-    torch.save(state, path.with_suffix(".tmp"))
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -352,8 +341,7 @@ def read_flags() -> tuple[Args, dict | None]:
         if args.resume:
             path = Path(args.resume, "checkpoint.pt")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            saved_args = Args(**checkpoint["args"] | {"resume": args.resume})
-            args = tyro.cli(Args, default=saved_args)
+            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
         print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
@@ -384,7 +372,8 @@ def spare_the_machine() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def main(args: Args, checkpoint: dict | None = None) -> None:
@@ -397,12 +386,13 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 
     set_seeds(args.seed, "start", done)
     games = Games(args, args.num_envs)
-    agent = AtariAgent(games.num_actions).to(device, memory_format=torch.channels_last)
+    agent = AtariAgent(len(games.actions)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
+    parts = {"agent": agent, "optimizer": optimizer}
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     run, writer = start_logging(args, first_step=done * batch_size + 1)
 
     for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
@@ -411,13 +401,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()
-            save_checkpoint(
-                run / "checkpoint.pt",
-                args=asdict(args),
-                iteration=iteration,
-                agent=agent.state_dict(),
-                optimizer=optimizer.state_dict(),
-            )
+            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
             scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
@@ -429,7 +413,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         set_seeds(args.seed, "iteration", iteration)
         remaining = 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1))
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             rollout, finished = collect(games, agent, args.num_steps, device)
@@ -443,8 +427,6 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         batch = [x[rollout["valid"]] for x in batch]  # of shape (samples, …)
         stats = update(agent, optimizer, batch, clip_coef, args, loss_function)
 
-        share = 1.0 if args.importance_weighted_reverse else rollout["logprobs"].exp().mean().item()
-        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share
         stats["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         stats["charts/SPS"] = batch_size / (time.time() - start_time)

@@ -1,34 +1,35 @@
-"""SPPO for continuous control: PPO with the symmetric loss of Byun and Perrault (ICML 2025, arXiv 2405.17618).
+"""SPPO for continuous control: PPO with the symmetric loss of Byun and Perrault (ICML 2025).
 
-Action dimensions are cut into `num_bins` values, so that actions have probabilities (the paper's DSPPO). With π that of
-the action taken, the product over dimensions, π_old the same when it was taken, r = π / π_old and A the advantage:
+Actions are discretised: each dimension is cut into `num_bins` values. π is the probability of the
+action taken, the product over dimensions, π_old when it was taken, r = π / π_old, A the advantage:
 
-    forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)    PPO's clipped objective
-    reverse = −m · A · Z · (1 − π) / π_old      after reverse cross-entropy; Z < 0 stands for log 0,
-                                                m is 1 where the clipped objective has a gradient, else 0
-    loss = α · forward + β · reverse − ent_coef · entropy + vf_coef · value loss
+    forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
+    reverse = -m · A · Z · (1 - π) / π_old      reverse cross-entropy; Z < 0 stands in for log 0,
+                                                m is 1 where `forward` has a gradient, else 0
+    loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-With α = 1, β = 0 this is PPO. The gradient of `reverse` is |Z| times that of `forward`: `--alpha` α + β|Z| `--beta 0`
-is the same but for rounding, the matched control. Each iteration of `main`
+With α = 1 and β = 0 this is PPO. The gradient of `reverse` is |Z| times the gradient of `forward`.
+So SPPO is PPO whose policy loss is multiplied by α + β|Z|: `--alpha 20.5 --beta 0` trains the same
+as the defaults, but for rounding. Without the division by π_old the two terms really differ.
 
-    acts in num_envs environments for num_steps steps                              collect_episodes
-    adds noise, if asked for, and computes advantages A by GAE, returns = A + V    add_noise, gae
-    in each epoch, for each minibatch, normalises A and steps down the loss        update, normalize, gradient
+One iteration:
+    1. act in `num_envs` environments for `num_steps` steps         collect
+    2. add noise, compute advantages A and returns A + V            add_noise, gae
+    3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
     python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
     python sppo_continuous.py --resume runs/<run>
 """
 
-import contextlib
 import os
 import random
-import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, for matrices as small as these
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads; its matrices here are small
 
 import gymnasium as gym
 import imageio
@@ -39,412 +40,476 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TAGS = """losses/policy_loss losses/forward_loss losses/reverse_loss losses/value_loss losses/entropy losses/grad_norm
-    losses/old_approx_kl losses/approx_kl losses/clipfrac advantage/sign_flips_normalization""".split()
 
 @dataclass
 class Args:
-    """SPPO for continuous control with discretised actions. Defaults are those of the paper's released code."""
+    """SPPO with discretised actions. Defaults are the settings of the paper's released code."""
 
-    env_id: str = "Hopper-v5"  # the environment; observations become flat, actions are `Discrete` or a bounded `Box`
-    seed: int = 1  # seed of the run: weights, environments, actions, minibatches, noise
-    total_timesteps: int = 2_000_000  # environment steps; the last incomplete batch is left out
+    env_id: str = "Hopper-v5"  # observations become flat; actions are `Discrete` or a bounded `Box`
+    seed: int = 1  # seed of weights, environments, actions, minibatches and noise
+    total_timesteps: int = 2_000_000  # environment steps
     num_envs: int = 1  # environments stepped side by side
     num_steps: int = 2048  # steps in each environment per iteration
+    num_bins: int = 11  # values per dimension of a `Box`, evenly spaced, ends included
+    # PPO
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over each batch
     learning_rate: float = 3e-4  # step size of Adam
     anneal_lr: bool = False  # lower the learning rate linearly to 0
-    gamma: float = 0.99  # discount factor γ
-    gae_lambda: float = 0.95  # λ of generalised advantage estimation
-    clip_coef: float = 0.2  # clip range ε
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    clip_coef: float = 0.2  # clip range
     anneal_clip: bool = False  # lower the clip range linearly to 0
     norm_adv: bool = True  # normalise the advantages of each minibatch
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient
-    num_bins: int = 11  # values per dimension of a `Box` action space, evenly spaced, ends included
-    alpha: float = 0.5  # α, weight of the forward (PPO) term
-    beta: float = 20.0  # β, weight of the reverse term; the released code's example for one task (Ant), not tuned
-    Z: float = -1.0  # Z < 0, the stand-in for log 0; only β·Z matters
-    importance_weighted_reverse: bool = True  # divide the reverse term by π_old; --no-…: the plain reverse term
-    reward_noise: float = 0.0  # std of Gaussian noise on the normalised reward; reported returns stay clean
-    advantage_noise: float = 0.0  # probability that a sample's advantage changes sign, redrawn in every epoch
-    eval_interval: int = 0  # steps between evaluations; 0: only after the last update (the final score)
-    eval_episodes: int = 10  # episodes in an evaluation, with the most probable actions; at most 100,000 steps each
-    checkpoint_interval: int = 100_000  # steps between checkpoints; others: at evaluations, the end, after a signal
-    resume: str | None = None  # continue the run in this folder with its flags and what is typed; new episodes begin
+    # the symmetric loss
+    alpha: float = 0.5  # weight of the forward (PPO) term
+    beta: float = 20.0  # weight of the reverse term; the released code's example for one task
+    Z: float = -1.0  # stands in for log 0, negative; only beta * Z matters
+    importance_weighted_reverse: bool = True  # divide by the old probability; no: the plain form
+    # noise that the learner sees; reported returns are clean
+    reward_noise: float = 0.0  # standard deviation of Gaussian noise on the normalised reward
+    advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
+    # the run
+    eval_interval: int = 0  # steps between evaluations; 0: only one, after training
+    eval_episodes: int = 10  # episodes in an evaluation, with the most probable actions
+    checkpoint_interval: int = 20_000  # steps between checkpoints
+    resume: str | None = None  # go on with the run in this folder; typed flags replace its own
     capture_video: bool = False  # save a video of each evaluation's first episode
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = False  # compile the loss and its gradient: faster after half a minute; needs a C++ compiler
+    compile: bool = False  # compile the loss: faster after half a minute
     torch_threads: int = 1  # CPU threads of torch; more only slow down networks as small as these
 
-def validate(args: Args) -> None:
-    """Raises ValueError for what would quietly train something else; other mistakes fail by themselves and say why."""
-    batch_size, minibatch_size = args.num_envs * args.num_steps, args.num_envs * args.num_steps / args.num_minibatches
-    if minibatch_size % 1 or args.norm_adv and minibatch_size < 2 or batch_size > args.total_timesteps:
-        raise ValueError(f"a batch of {batch_size} steps must divide by --num-minibatches and fit --total-timesteps")
-    if not args.Z < 0 <= min(args.alpha, args.beta, args.reward_noise) or not 0 <= args.advantage_noise <= 1:
-        raise ValueError("--Z must be < 0, --alpha, --beta, --reward-noise must be ≥ 0, --advantage-noise in [0, 1]")
-    env = make_env(args)
-    space, obs_dims = env.action_space, len(env.unwrapped.observation_space.shape or ())
-    env.close()
-    box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and (space.low > -1e30) & (space.high < 1e30)
-    if obs_dims > 2 or not (isinstance(space, gym.spaces.Discrete) or np.all(box)):
-        raise ValueError(f"--env-id {args.env_id} shows images, or {space} is not Discrete or of finite, real bounds")
 
-def make_env(args: Args, **options) -> gym.Env:
-    """The environment; observations that are no vector become one."""
-    env = gym.make(args.env_id, **options)
-    gym.spaces.Tuple((env.action_space, env.observation_space)).seed(args.seed)
-    return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
+def validate(args: Args) -> None:
+    """Raises an error for flags that would quietly train something else."""
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches or batch_size > args.total_timesteps:
+        raise ValueError(
+            f"--num-minibatches must divide, --total-timesteps hold {batch_size} steps"
+        )
+    if args.Z >= 0 or min(args.alpha, args.beta) < 0:
+        raise ValueError("--Z must be negative, --alpha and --beta must not")
+    if args.reward_noise < 0 or not 0 <= args.advantage_noise <= 1:
+        raise ValueError("--reward-noise must be at least 0, --advantage-noise in 0 to 1")
+    space = make_env(args.env_id).action_space
+    bounded = isinstance(space, gym.spaces.Box) and space.is_bounded()
+    if not bounded and not isinstance(space, gym.spaces.Discrete):
+        raise ValueError(f"actions must be `Discrete` or a bounded `Box`, not {space}")
+
+
+def make_env(env_id: str, **options) -> gym.Env:
+    """The environment, with observations that are vectors."""
+    env = gym.make(env_id, **options)
+    return (
+        env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
+    )
+
 
 class RunningMeanStd:
     """Mean and standard deviation of all samples so far (Welford, 1962)."""
 
     def __init__(self, shape: tuple[int, ...] = ()):
-        self.count, self.mean, self.squares = 0, np.zeros(shape), np.zeros(shape)
+        self.count = 0
+        self.mean = np.zeros(shape)
+        self.squares = np.zeros(shape)
 
     def update(self, sample: np.ndarray) -> None:
         self.count += 1
         delta = sample - self.mean
         self.mean = self.mean + delta / self.count
-        self.squares = self.squares + delta * (sample - self.mean)  # Σ (sample − mean)²
+        self.squares = self.squares + delta * (sample - self.mean)  # Σ (sample - mean)²
         self.std = np.sqrt(self.squares / self.count + 1e-8)
 
-class Environments:
-    """Environments side by side, with running normalisation of observations and rewards; one that ends starts anew
-    within the same step. `obs` (num_envs, obs_dim), normalised, is what to act on next. Of the last step, with an entry
-    per environment: `score` (raw return) and `length` of the episode so far, or of the whole one where it is `over`."""
 
-    def __init__(self, args: Args, seeds: np.ndarray, stats=()):
-        self.envs, self.gamma = [make_env(args) for _ in seeds], args.gamma
-        shape = self.envs[0].observation_space.shape
-        self.obs_stats, self.return_stats = self.stats = RunningMeanStd(shape), RunningMeanStd()
-        for own, saved in zip(self.stats, stats):
-            vars(own).update({name: x.numpy() for name, x in saved.items()})
-        self.obs = np.stack([self.normalize(env.reset(seed=int(x))[0], not stats) for env, x in zip(self.envs, seeds)])
-        self.over = np.zeros(len(seeds), dtype=bool)
-        self.score, self.length, self.discounted_return = self.totals = np.zeros((3, len(seeds)))
+class Environments:
+    """Environments side by side, with running normalisation of observations and rewards. One that
+    ends starts anew within the same step. `obs` (num_envs, obs_dim) is what to act on next."""
+
+    def __init__(self, args: Args):
+        self.envs = [make_env(args.env_id) for _ in range(args.num_envs)]
+        self.action_space = self.envs[0].action_space
+        self.gamma = args.gamma
+        self.obs_stats = RunningMeanStd(self.envs[0].observation_space.shape)
+        self.return_stats = RunningMeanStd()
+        self.reset()
+
+    def reset(self) -> None:
+        seeds = np.random.randint(2**31, size=len(self.envs)).tolist()
+        first = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)]
+        self.obs = np.stack([self.normalize(obs, learn=True) for obs in first])
+        self.over = np.zeros(len(seeds), dtype=bool)  # episodes that ended with the last step
+        self.score = np.zeros(len(seeds))  # raw return of each episode so far, or all of it
+        self.length = np.zeros(len(seeds))  # in steps, likewise
+        self.discounted_return = np.zeros(len(seeds))
 
     def normalize(self, obs: np.ndarray, learn: bool = False) -> np.ndarray:
         if learn:
             self.obs_stats.update(obs)
-        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
+        obs = (obs - self.obs_stats.mean) / self.obs_stats.std
+        return obs.clip(-10, 10).astype(np.float32)
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Normalised reward; terminated; truncated by a time limit; where either is true, the last observation."""
-        self.totals[:, self.over] = 0  # after a truncation, too
-        (terminated, truncated), reward = np.zeros((2, len(self.envs)), dtype=bool), np.zeros(len(self.envs))
-        final_obs = np.empty_like(self.obs)
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Plays actions (num_envs, …). Returns normalised rewards; which episodes a time limit cut
+        off; and the last observations of those that ended."""
+        for total in (self.score, self.length, self.discounted_return):
+            total[self.over] = 0
+        reward = np.zeros(len(self.envs), np.float32)
+        cut_off = np.zeros(len(self.envs), dtype=bool)
+        last_obs = np.zeros_like(self.obs)
         for i, env in enumerate(self.envs):
-            obs, raw_reward, terminated[i], truncated[i], _ = env.step(action[i])
-            raw_reward = np.asarray(raw_reward).item()  # some give an array with one number
+            obs, raw_reward, terminated, truncated, _ = env.step(action[i])
             self.score[i] += raw_reward
+            self.length[i] += 1
             self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
             self.return_stats.update(self.discounted_return[i])
-            reward[i] = max(min(raw_reward / self.return_stats.std, 10), -10)  # in this order a NaN stays one
-            if terminated[i] or truncated[i]:
-                final_obs[i] = self.normalize(obs)  # only valued, not acted on: no statistics of it
+            reward[i] = raw_reward / self.return_stats.std
+            self.over[i] = terminated or truncated
+            cut_off[i] = truncated and not terminated
+            if self.over[i]:
+                last_obs[i] = self.normalize(obs)
                 obs, _ = env.reset()
             self.obs[i] = self.normalize(obs, learn=True)
-        self.length += 1
-        self.over = terminated | truncated
-        return reward, terminated, truncated, final_obs
+        return reward.clip(-10, 10), cut_off, last_obs
+
+    def state_dict(self) -> dict:
+        stats = (self.obs_stats, self.return_stats)
+        return {"stats": [{k: torch.tensor(x) for k, x in vars(part).items()} for part in stats]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, saved in zip((self.obs_stats, self.return_stats), state["stats"]):
+            vars(part).update({k: x.numpy() for k, x in saved.items()})
+        self.reset()
+
 
 def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
+
 def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
-    hidden = (layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh())
-    return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std))
+    return nn.Sequential(
+        layer_init(nn.Linear(inputs, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, outputs), std),
+    )
+
 
 def in_numpy(network: nn.Sequential):
-    """An `mlp` as a function of arrays (num_envs, obs_dim): for a few rows several times as fast as torch's calls."""
-    W1, b1, W2, b2, W3, b3 = (parameter.numpy(force=True).T for parameter in network.parameters())
+    """An `mlp` as a function of arrays: for a few rows several times as fast as torch."""
+    W1, b1, W2, b2, W3, b3 = (x.numpy(force=True).T for x in network.parameters())
     return lambda obs: np.tanh(np.tanh(obs @ W1 + b1) @ W2 + b2) @ W3 + b3
 
+
 class BinnedAgent(nn.Module):
-    """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is D independent categorical
-    distributions over bins, one per action dimension. `actions` (D, num_bins) is what the bins stand for: evenly spaced
-    values, ends included; or the actions of a `Discrete` space, which is one dimension."""
+    """Policy and value, two separate networks. The policy is a categorical distribution over bins
+    for each of D action dimensions. A `Discrete` space is one dimension, its actions are bins."""
 
     def __init__(self, obs_dim: int, space: gym.Space, num_bins: int):
         super().__init__()
         if isinstance(space, gym.spaces.Discrete):
-            self.actions = space.start + np.arange(space.n)[np.newaxis]
+            self.bins = space.start + np.arange(space.n)[np.newaxis]
         else:
-            self.actions = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
-        self.dimensions, self.action_shape = np.arange(len(self.actions)), space.shape
-        self.policy = mlp(obs_dim, self.actions.size, std=0.01).append(nn.Unflatten(1, self.actions.shape))
-        self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
+            self.bins = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1)
+        self.space = space
+        self.policy = mlp(obs_dim, self.bins.size, std=0.01)
+        self.value = mlp(obs_dim, 1, std=1.0)
 
-    def noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-        return rng.gumbel(size=(*shape, *self.actions.shape))  # the largest of logits + noise is a sample of the policy
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        """What the environments get for bins (num_envs, D)."""
+        action = self.bins[np.arange(len(self.bins)), action]
+        return action.reshape(-1, *self.space.shape).astype(self.space.dtype)
 
-    def act(self, logits: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
-        """Bins (num_envs, D) from `in_numpy(agent.policy)(obs)`; without noise the most probable ones."""
-        return (logits.reshape(-1, *self.actions.shape) + noise).argmax(-1)
+    def forward(self, obs: torch.Tensor, action: torch.Tensor):
+        """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
+        logits = self.policy(obs).view(-1, *self.bins.shape)
+        logprobs = logits.movedim(2, 0).log_softmax(0)  # much faster if the few bins come first
+        logprob = logprobs.gather(0, action.unsqueeze(0)).squeeze(0)
+        entropy = -(logprobs.exp() * logprobs).sum((0, 2))
+        return logprob, entropy, self.value(obs).squeeze(1)
 
-    def to_env(self, bins: np.ndarray) -> np.ndarray:
-        return self.actions[self.dimensions, bins].reshape(len(bins), *self.action_shape)
 
-    def forward(self, obs: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities of these bins, by dimension (batch, D), entropies (batch,), values (batch,)."""
-        logprobs = self.policy(obs).movedim(2, 0).log_softmax(0)  # over so few bins much faster if they come first
-        logprob = logprobs.gather(0, bins.unsqueeze(0)).squeeze(0)
-        return logprob, -(logprobs.exp() * logprobs).sum((0, 2)), self.value(obs)
-
-def as_vector(network: nn.Module) -> nn.Parameter:
-    """All parameters in one vector, of which they become views: clipping and a step are then a few calls in all."""
-    vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
-    nn.utils.vector_to_parameters(vector.data, network.parameters())
-    return vector
-
-def symmetric_ppo_loss(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, importance_weighted=True):
-    """The symmetric PPO loss α · forward + β · reverse, as above, and its two terms, each the mean over the batch. Not
-    `importance_weighted`: reverse = −m · A · Z · (1/D) · Σ_d (1 − π_d), plain reverse cross-entropy.
-
-    `logprob`, `old_logprob`: (batch, D), log-probabilities of the action taken, a column per action dimension; r, π
-    and π_old are joint, the product over dimensions. `advantage`: (batch,). Source: the paper's SPPO loss; the mask m
-    and the division by π_old are in the released code. The plain form over several dimensions is ours."""
-    joint_logprob, old_joint_logprob = logprob.sum(1), old_logprob.sum(1)
+def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
+    """α · forward + β · reverse, and the two terms. `logprob`, `old_logprob`: (batch, D), a column
+    for each action dimension; `advantage`: (batch,). Source: the paper; for m and the division by
+    π_old the released code. The plain form, without it, is ours: -m · A · Z · mean_d(1 - π_d)."""
+    joint_logprob = logprob.sum(1)
+    old_joint_logprob = old_logprob.sum(1)
     ratio = (joint_logprob - old_joint_logprob).exp()
-    objective, clipped_objective = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
-    forward_loss = -torch.min(objective, clipped_objective).mean()
-    mask = objective <= clipped_objective  # where the minimum is the unclipped one, which has a gradient
-    if importance_weighted:
-        # (1 − π) / π_old = 1 / π_old − r. The first part has no gradient; capped, it does not overflow float32.
-        reverse_weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio
-    else:
-        reverse_weight = (1 - logprob.exp()).mean(1)
-    reverse_loss = -(mask * advantage * Z * reverse_weight).mean()
-    return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
+    forward_loss = -torch.min(unclipped, clipped).mean()
 
-def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
-    """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
-    `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
-    step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward."""
-    following_values = np.concatenate((values[1:], next_value[np.newaxis]))
-    advantages = rewards + gamma * following_values * ~dones - values  # δ_t, to which the loop adds γλ A_{t+1}
-    decay = np.where(dones, 0, gamma * gae_lambda).astype(values.dtype)
-    for t in reversed(range(len(rewards) - 1)):
-        advantages[t] += decay[t] * advantages[t + 1]
+    mask = unclipped <= clipped  # where the minimum has a gradient
+    if args.importance_weighted_reverse:
+        weight = (1 - joint_logprob.exp()) / old_joint_logprob.exp()
+    else:
+        weight = (1 - logprob.exp()).mean(1)
+    reverse_loss = -(mask * advantage * args.Z * weight).mean()
+    return args.alpha * forward_loss + args.beta * reverse_loss, forward_loss, reverse_loss
+
+
+def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float):
+    """Generalised advantage estimation (Schulman et al., 2016): A_t = δ_t + γλ A_{t+1} with
+    δ_t = r_t + γ V_{t+1} - V_t. Where an episode ended with step t (`dones`), nothing is carried
+    over. `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,)."""
+    advantages = 0 * rewards
+    next_advantage = 0 * next_value
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_value * ~dones[t] - values[t]
+        advantages[t] = delta + gamma * gae_lambda * next_advantage * ~dones[t]
+        next_value, next_advantage = values[t], advantages[t]
     return advantages
 
-def normalize(advantages: torch.Tensor) -> torch.Tensor:
-    """Advantages (…, samples) with mean 0 and standard deviation 1 in each row."""
-    return (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
 
-def add_noise(reward: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray:
-    """Adds Gaussian noise with mean 0 and this standard deviation to (normalised) rewards."""
-    return reward + std * rng.standard_normal(reward.shape, dtype=reward.dtype)
+def normalize(advantage: torch.Tensor) -> torch.Tensor:
+    """Advantages (batch,) with mean 0 and standard deviation 1."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
-def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
-    """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
-    return advantage * torch.from_numpy(np.where(rng.random(len(advantage)) < probability, -1, 1)).to(advantage)
 
-class Rollout:
-    """The steps of one iteration; arrays of shape (num_steps, num_envs, …)."""
+def add_noise(reward: np.ndarray, std: float) -> np.ndarray:
+    """Adds Gaussian noise of this standard deviation to normalised rewards."""
+    return reward + std * np.random.standard_normal(reward.shape).astype(reward.dtype)
 
-    def __init__(self, num_steps: int, obs: np.ndarray, action_dims: int, action_dtype: type = np.int64):
-        shape = (num_steps, len(obs))
-        self.obs = np.zeros((num_steps, *obs.shape), obs.dtype)
-        self.actions = np.zeros((*shape, action_dims), action_dtype)
-        self.rewards, self.bootstraps = np.zeros((2, *shape), np.float32)  # bootstraps: V(final obs) where truncated
-        self.dones = np.zeros(shape, bool)
-        self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
 
-@torch.inference_mode()
-def collect_episodes(envs: Environments, agent: nn.Module, rollout: Rollout, rng: np.random.Generator) -> None:
-    """Plays the policy and overwrites `rollout` with what happened."""
-    policy, value, noise = in_numpy(agent.policy), in_numpy(agent.value), agent.noise(rollout.dones.shape, rng)
-    rollout.finished, rollout.bootstraps[:] = [], 0
-    for t in range(len(rollout.obs)):
-        rollout.obs[t] = envs.obs
-        rollout.actions[t] = action = agent.act(policy(envs.obs), noise[t])
-        rollout.rewards[t], terminated, truncated, final_obs = envs.step(agent.to_env(action))
-        rollout.dones[t] = envs.over
-        if envs.over.any():
-            cut = truncated & ~terminated
-            rollout.bootstraps[t, cut] = value(final_obs[cut])[:, 0]
-            rollout.finished.append((t, envs.score[envs.over].mean(), envs.length[envs.over].mean()))
-    device, shape = next(agent.parameters()).device, rollout.dones.shape
-    obs, actions = (torch.from_numpy(x).to(device).flatten(0, 1) for x in (rollout.obs, rollout.actions))
-    logprobs, _, values = (x.numpy(force=True) for x in agent(obs, actions))  # all at once: faster than step by step
-    rollout.logprobs, rollout.values = logprobs.reshape(*shape, -1), values.reshape(shape)  # log π_old, V
-    rollout.next_value = value(envs.obs)[:, 0]
+def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
+    """Each advantage changes its sign with `probability` (`adv_flip` in the released code)."""
+    return torch.where(torch.rand_like(advantage) < probability, -advantage, advantage)
 
-def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, args: Args):
-    """Gradient of the loss of a minibatch, clipped, in one vector; the losses that are logged; log π (batch, D)."""
+
+@torch.no_grad()
+def collect(envs: Environments, agent: BinnedAgent, num_steps: int) -> tuple[dict, list]:
+    """Acts with the present policy. Returns arrays (num_steps, num_envs, …) of what happened, and
+    (step, return, length) of finished episodes."""
+    policy = in_numpy(agent.policy)
+    value = in_numpy(agent.value)
+    shape = (num_steps, len(envs.envs))
+    gumbel = np.random.gumbel(size=(*shape, *agent.bins.shape)).astype(np.float32)
+    rollout = {
+        "obs": np.zeros((num_steps, *envs.obs.shape), np.float32),
+        "actions": np.zeros((*shape, len(agent.bins)), np.int64),
+        "rewards": np.zeros(shape, np.float32),
+        "bootstraps": np.zeros(shape, np.float32),
+        "dones": np.zeros(shape, bool),
+    }
+    finished = []
+    for t in range(num_steps):
+        logits = policy(envs.obs).reshape(gumbel[t].shape)
+        action = (logits + gumbel[t]).argmax(-1)  # a sample of the softmax
+        rollout["obs"][t] = envs.obs
+        rollout["actions"][t] = action
+        rollout["rewards"][t], cut_off, last_obs = envs.step(agent.to_env(action))
+        rollout["dones"][t] = envs.over
+        if cut_off.any():  # a time limit is no end: what would have followed is worth V
+            rollout["bootstraps"][t] = cut_off * value(last_obs)[:, 0]
+        finished += [(t, envs.score[i], envs.length[i]) for i in np.flatnonzero(envs.over)]
+    rollout["values"] = value(rollout["obs"])[:, :, 0]
+    rollout["next_value"] = value(envs.obs)[:, 0]
+    return rollout, finished
+
+
+def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip_coef, args: Args):
+    """The loss, and what is logged of it. Shapes as for `symmetric_ppo_loss`."""
+    advantage = normalize(raw_advantage) if args.norm_adv else raw_advantage
     logprob, entropy, value = agent(obs, action)
-    weighting = (args.alpha, args.beta, args.Z, clip_coef, args.importance_weighted_reverse)
-    policy_loss, forward_loss, reverse_loss = symmetric_ppo_loss(logprob, old_logprob, advantage, *weighting)
-    value_loss, entropy = nn.functional.mse_loss(value, returns), entropy.mean()
-    loss = policy_loss - (args.ent_coef * entropy if args.ent_coef else 0) + args.vf_coef * value_loss
-    grad = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
-    losses = torch.stack((policy_loss, forward_loss, reverse_loss, value_loss, entropy, norm := grad.norm())).detach()
-    return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
+    loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args)
+    policy_loss, forward_loss, reverse_loss = loss_terms
+    value_loss = nn.functional.mse_loss(value, returns)
+    entropy = entropy.mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradient=gradient) -> dict[str, float]:
-    """Steps on the loss of the rows `samples` of a batch: obs, actions, log π_old, advantages, returns; means."""
-    (parameters,), losses, means = optimizer.param_groups[0]["params"], [], []
+    ratio = (logprob - old_logprob).sum(1).exp()
+    logged = {
+        "losses/policy_loss": policy_loss,
+        "losses/forward_loss": forward_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
+    }
+    if not args.importance_weighted_reverse:  # the mean factor on PPO's gradient, for a control
+        share = old_logprob.exp().mean() / old_logprob.shape[1]
+        logged["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share
+    return loss, {tag: value.detach() for tag, value in logged.items()}
+
+
+def update(agent, optimizer, batch, clip_coef, args: Args, minibatch_loss=minibatch_loss) -> dict:
+    """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
+    logs = defaultdict(list)
     for _ in range(args.update_epochs):
-        b_inds = torch.from_numpy(rng.permutation(samples)).to(parameters.device)
-        obs, actions, old_logprobs, advantages, returns = (x.index_select(0, b_inds) for x in batch)
-        advantages = flip_signs(advantages, args.advantage_noise, rng).view(args.num_minibatches, -1)
-        normalized, new_logprobs = normalize(advantages) if args.norm_adv else advantages, []
-        epoch = (obs, actions, old_logprobs, normalized.flatten(), returns)
-        for minibatch in zip(*(x.chunk(args.num_minibatches) for x in epoch)):
-            parameters.grad, logged, logprob = gradient(agent, *minibatch, clip_coef, args)
+        inds = torch.randperm(len(batch[0]))
+        for minibatch in zip(*(x[inds].chunk(args.num_minibatches) for x in batch)):
+            obs, action, old_logprob, advantage, returns = minibatch
+            advantage = flip_signs(advantage, args.advantage_noise)
+            loss, logged = minibatch_loss(
+                agent, obs, action, old_logprob, advantage, returns, clip_coef, args
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            losses.append(logged)
-            new_logprobs.append(logprob)
-        ratio = (logratio := (torch.cat(new_logprobs) - old_logprobs).sum(1)).exp()
-        clipped, flipped = (ratio - 1).abs() > clip_coef, normalized.sign() != advantages.sign()
-        means.append(torch.stack([x.float().mean() for x in (-logratio, ratio - 1 - logratio, clipped, flipped)]))
-    return dict(zip(TAGS, torch.cat((torch.stack(losses).mean(0), torch.stack(means).mean(0))).tolist()))
 
-@torch.inference_mode()
-def evaluate_episodes(agent, envs, args: Args, stop: list, video: Path, max_steps: float = 100_000) -> np.ndarray:
-    """Raw returns (eval_episodes,), most probable actions, the frozen statistics of `envs`, same seeds every time."""
-    env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
-    with imageio.get_writer(video, fps=30) if args.capture_video else contextlib.nullcontext() as writer:
-        for episode, seed in enumerate(np.random.default_rng([args.seed, 0, 4]).integers(2**31, size=len(returns))):
-            (obs, _), over, length = env.reset(seed=int(seed)), False, 0
-            while not over and not stop and length < max_steps:
-                if args.capture_video and episode == 0:
-                    writer.append_data(env.render())
-                action = agent.act(policy(envs.normalize(obs)[np.newaxis]))
-                obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
-                over, length = terminated or truncated, length + 1
-                returns[episode] += np.asarray(reward).item()
+            logged["losses/grad_norm"] = grad_norm
+            for tag, value in logged.items():
+                logs[tag].append(value)
+    return {tag: torch.stack(values).mean().item() for tag, values in logs.items()}
+
+
+@torch.no_grad()
+def evaluate(agent: BinnedAgent, envs: Environments, args: Args, video: Path) -> np.ndarray:
+    """Raw returns (eval_episodes,) with the most probable actions, the statistics of `envs` as they
+    are, and the same seeds each time."""
+    set_seeds(args.seed, "evaluation")
+    env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    policy = in_numpy(agent.policy)
+    returns = np.zeros(args.eval_episodes)
+    frames = []
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=np.random.randint(2**31))
+        over = False
+        while not over:
+            if args.capture_video and episode == 0:
+                frames.append(env.render())
+            logits = policy(envs.normalize(obs)).reshape(1, *agent.bins.shape)
+            action = agent.to_env(logits.argmax(-1))
+            obs, reward, terminated, truncated, _ = env.step(action[0])
+            over = terminated or truncated
+            returns[episode] += reward
     env.close()
+    if frames:
+        imageio.mimsave(video, frames, fps=30)
     return returns
 
-class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
-    """Makes a function ignore exceptions: output that cannot be written, be it `| head` or an ASCII γ, ends no run."""
 
-def save(path: Path, **state) -> None:
-    """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
-    try:
-        with open(temporary := path.with_suffix(".tmp"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def set_seeds(*names) -> None:
+    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    random.seed(" ".join(map(str, names)))
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(63))
 
-def read_flags() -> tuple[Args, dict]:
-    """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
+
+def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
+    """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def read_flags() -> tuple[Args, dict | None]:
+    """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
     args = tyro.cli(Args)
-    saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True) if args.resume else {}
-    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})) if saved else args, saved
+    checkpoint = None
+    try:
+        if args.resume:
+            path = Path(args.resume, "checkpoint.pt")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
+        validate(args)
+    except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
+        print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
+        sys.exit(2)
+    return args, checkpoint
 
-def main(args: Args, saved: dict | None = None) -> None:
-    saved, batch_size = saved or {}, args.num_envs * args.num_steps
-    done, num_iterations = saved.get("iteration", 0), args.total_timesteps // batch_size
-    device = args.cuda and torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
-    torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
-    step_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed % 2**32)
-    # Random streams follow from seed, iteration and a number: a resumed run draws the same, but begins new episodes.
-    seeds = np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs)
-    envs = Environments(args, seeds, saved.get("stats", ()))
-    agent = BinnedAgent(envs.obs.shape[1], envs.envs[0].action_space, args.num_bins).to(device)
-    optimizer = torch.optim.Adam([parameters := as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    rollout = Rollout(args.num_steps, envs.obs, action_dims=len(agent.actions))
-    agent.load_state_dict(saved.get("agent", agent.state_dict()))
-    optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
+
+def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
+    """The run's folder and TensorBoard's writer in it; with --track also a run of W&B."""
+    game = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"{game}__{Path(__file__).stem}__{args.seed}__{int(time.time() * 1000)}"
+    run = Path(args.resume or f"runs/{name}")
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
-        wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    stop, usual = [], {}  # the first signal ends the iteration and saves, a second acts as usual; 1: ignored (nohup)
-    for number in [s for s in signal.Signals if s.name[3:] in "INT TERM HUP USR1".split() and signal.getsignal(s) != 1]:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
-    print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate_episodes(agent, envs, args, stop, run / "0.mp4", max_steps=1)  # a trial: what it lacks shows now
-    progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
-                    unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
-    for iteration in progress:
-        step, last = iteration * batch_size, iteration == num_iterations
-        evaluation_due = last or 0 < args.eval_interval <= step and step % args.eval_interval < batch_size
-        checkpoint_due = 0 < args.checkpoint_interval <= step and step % args.checkpoint_interval < batch_size
-        if saving := evaluation_due or checkpoint_due or bool(stop):
-            writer.flush()  # a checkpoint's curves are on disk before it is
-            save(run / "checkpoint.pt", args=asdict(args), iteration=iteration, agent=agent.state_dict(),
-                 optimizer=optimizer.state_dict(),
-                 stats=[{key: torch.tensor(x) for key, x in vars(stats).items()} for stats in envs.stats])  # fmt: skip
-        if evaluation_due and not stop:
-            scores = evaluate_episodes(agent, envs, args, stop, run / f"{step}.mp4")
-            if not stop:  # logged at step + 1: a resumed run evaluates again and drops this
-                writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
-                tqdm.write(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)")
-        if last or saving and stop:
+
+        wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
+    print(run)
+    return run, writer
+
+
+def main(args: Args, checkpoint: dict | None = None) -> None:
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    done = checkpoint["iteration"] if checkpoint else 0
+
+    set_seeds(args.seed, "start", done)
+    envs = Environments(args)
+    agent = BinnedAgent(envs.obs.shape[1], envs.action_space, args.num_bins).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
+    parts = {"agent": agent, "optimizer": optimizer, "envs": envs}
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    run, writer = start_logging(args, first_step=done * batch_size + 1)
+
+    for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
+        step = iteration * batch_size
+        last = iteration == num_iterations
+        evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
+        if evaluating or step % args.checkpoint_interval < batch_size:
+            writer.flush()
+            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
+        if evaluating:
+            scores = evaluate(agent, envs, args, run / f"{step}.mp4")
+            tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
+        if last:
             break
 
-        start_time, remaining = time.time(), 1 - iteration / num_iterations
+        start_time = time.time()
+        set_seeds(args.seed, "iteration", iteration)
+        remaining = 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
-        act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
-        random.seed(f"{args.seed} {iteration}")  # for environments that draw from global generators
-        np.random.seed([args.seed % 2**32, iteration])
-        collect_episodes(envs, agent, rollout, act_rng)
-        bootstraps, noisy = args.gamma * rollout.bootstraps, add_noise(rollout.rewards, args.reward_noise, noise_rng)
-        context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
-        advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (noisy, rollout.rewards))
-        returns = advantages + rollout.values
-        arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, returns)
-        batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]
-        stats = update(agent, optimizer, batch, np.arange(batch_size), clip_coef, args, minibatch_rng, step_gradient)
-        share = 1 if args.importance_weighted_reverse else np.exp(rollout.logprobs).mean() / rollout.logprobs.shape[2]
-        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # mean factor on PPO's gradient
-        stats["losses/explained_variance"] = 1 - advantages.var() / (returns.var() + 1e-8)
-        stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages)).mean()
+        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1))
+
+        rollout, finished = collect(envs, agent, args.num_steps)
+
+        bootstraps = args.gamma * rollout["bootstraps"]
+        noisy_rewards = add_noise(rollout["rewards"], args.reward_noise)
+        context = (rollout["values"], rollout["dones"], rollout["next_value"])
+        advantages = gae(noisy_rewards + bootstraps, *context, args.gamma, args.gae_lambda)
+        clean = gae(rollout["rewards"] + bootstraps, *context, args.gamma, args.gae_lambda)
+        returns = advantages + rollout["values"]
+
+        batch = (rollout["obs"], rollout["actions"], advantages, returns)
+        obs, actions, *targets = [torch.from_numpy(x).flatten(0, 1).to(device) for x in batch]
+        with torch.no_grad():
+            old_logprobs, _, _ = agent(obs, actions)
+        batch = (obs, actions, old_logprobs, *targets)
+        stats = update(agent, optimizer, batch, clip_coef, args, loss_function)
+
+        stats["losses/explained_variance"] = 1 - advantages.var() / returns.var()
+        stats["advantage/sign_flips_noise"] = (advantages * clean < 0).mean()
         stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         stats["charts/SPS"] = batch_size / (time.time() - start_time)
-        if not np.isfinite([*stats.values(), parameters.norm().item()]).all():
-            raise FloatingPointError(f"not finite: {step=}, {rollout.obs.mean()=}, {rollout.rewards.mean()=}, {stats}")
+        if not np.isfinite(list(stats.values())).all():
+            raise FloatingPointError(f"not finite at step {step}: {stats}")
         for tag, value in stats.items():
             writer.add_scalar(tag, value, step + batch_size)
-        for t, episodic_return, length in rollout.finished:
-            writer.add_scalar("charts/episodic_return", episodic_return, step + (t + 1) * args.num_envs)
+        for t, score, length in finished:
+            writer.add_scalar("charts/episodic_return", score, step + (t + 1) * args.num_envs)
             writer.add_scalar("charts/episodic_length", length, step + (t + 1) * args.num_envs)
-            progress.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
     writer.close()
-    for number, handler in usual.items():
-        signal.signal(number, handler)
-    if stop:
-        print(f'stopped; to go on: python "{sys.argv[0]}" --resume "{run}"')
-        sys.exit(128 + stop[0])
+
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace", line_buffering=True)
-        stream.write, stream.flush = (Forgiving(OSError, ValueError)(f) for f in (stream.write, stream.flush))
-    try:
-        args, saved = read_flags()
-        validate(args)
-    except (ValueError, OSError, gym.error.Error) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    main(args, saved)
+    main(*read_flags())
 
 # /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "mujoco==4.0.0", "box2d==2.3.10",
-#   "pygame-ce==2.5.8", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "imageio[ffmpeg]==2.38.1"]
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "mujoco==4.0.0",
+#   "box2d==2.3.10", "pygame-ce==2.5.8", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1",
+#   "imageio[ffmpeg]==2.38.1"]
 # ///
