@@ -1,26 +1,21 @@
-"""Speed of our scripts beside their peers', in one run on one machine; prints Markdown.
+"""Training speed of the scripts beside Stable-Baselines3 and sbx, in turn; prints Markdown tables.
 
-    python benchmark/speed.py                                # everything; about an hour on an idle machine
-    python benchmark/speed.py --cases atari a2c --modes train split --repetitions 5 --torch-threads 1 2
-    python benchmark/speed.py --output benchmark/README.md   # puts the tables there, between two marker comments
-    python benchmark/speed.py --before ../old                # another checkout's scripts, too, by its own measure.py
-    python benchmark/speed.py --quick                        # tiny sizes: shows that all runs; figures mean nothing
+    python benchmark/speed.py --output benchmark/README.md       # all cases, about half an hour
+    python benchmark/speed.py --cases atari halfcheetah --pairs 3
+    python benchmark/speed.py --against ../other                 # beside another checkout's scripts
+    python benchmark/speed.py --cases atari-bf16 atari-32 --cuda
+    python benchmark/speed.py --quick                            # shows that all runs, no more
 
-Each measurement is a process of its own (`measure.py`), so that memory, threads and caches are too. Contestants take
-turns, in reverse order every second repetition; a ratio is taken within a repetition. Both sides have the same task,
-network, batch settings, seed and number of torch threads; `make_model` in reference.py holds the peers' settings.
-
-    train        whole iterations of the script's own `main` (of the peer's `learn`), from one rollout's start to the
-                 next. Ours writes TensorBoard files, the peer logs nowhere: that favours the peer
-    rollouts     the same without the update: acting, environment, advantages, logging
-    update       the update alone, again and again on one rollout
-    environment  the environment alone with random actions, and the bare one without statistics or wrappers
-    split        where an iteration of ours spends its time. Only here are there timers within an iteration
+Every run is a process of its own. Steps per second are those of whole iterations, without the first
+fifth of a run: without loading, compiling and the final evaluation. Ours are between two points in
+TensorBoard, so they include logging and checkpoints; the peers write neither. Both sides have the
+same task, network, batch, optimiser settings, seed and torch threads (`reference.py` holds the
+peers'). The order is turned round in every second pair, and a ratio is taken within a pair. Memory
+is a process's largest resident set. `--output` writes the table of peers between two marks in a
+Markdown file; the figures behind it are in `results/speed.csv`.
 """
 
-import argparse
 import csv
-import json
 import os
 import platform
 import re
@@ -28,288 +23,285 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Literal
 
-import torch
-from measure import BARE, SB3, SBX, SUBPROCESSES
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-# The fastest documented flags of each script, by kind of case; where there are none, only the default is measured.
-FASTEST = {
-    ("sppo_atari", "atari"): ["--bf16"],
-    ("ppo_baseline", "atari"): ["--bf16"],
-    ("sa2c_atari", "atari"): ["--bf16"],
-    ("sppo_continuous", "control"): ["--compile"],
-    ("ppo_baseline", "control"): ["--compile"],
-    ("sppo_atari", "gpu"): ["--bf16", "--compile"],
-    ("ppo_baseline", "gpu"): ["--bf16", "--compile"],
-}
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "speed.csv"
+FIELDS = ["machine", "case", "pair", "who", "steps_per_second", "memory_mb", "busy_cores"]
+BEGIN = "<!-- speed.py writes from here -->"
+END = "<!-- to here -->"
+OURS = "ours"
+SB3 = "Stable-Baselines3"
+SBX = "sbx"
+AGAINST = "the other checkout"
+CORES = os.cpu_count()
 
 
-class Case(NamedTuple):
+@dataclass
+class Case:
     title: str
-    kind: str
+    script: str
+    flags: str
     env_id: str
     num_envs: int
     num_steps: int
-    num_minibatches: int
-    scripts: list[str]  # with the flags that choose the algorithm
-    peers: list[str]
-    modes: str
-    total_timesteps: int = 5_000_000  # for the schedules; nobody gets that far
+    num_minibatches: int  # 1: A2C, which has none
+    total_timesteps: int
+
+    @property
+    def control(self) -> bool:
+        return not self.env_id.startswith("ALE/")
+
+    @property
+    def method(self) -> str:
+        return "a2c" if self.script.startswith("sa2c") else "ppo"
 
 
-ATARI = ["sppo_atari", "ppo_baseline"]
-CONTROL = ["sppo_continuous", "ppo_baseline", "ppo_baseline --policy discretized"]
+BREAKOUT = "ALE/Breakout-v5"
+CHEETAH = "HalfCheetah-v5"
+GAMES = "sppo_atari.py"
+CONTROL = "sppo_continuous.py"
 CASES = {
-    "atari": Case("Atari, 8 × 128", "atari", "ALE/Breakout-v5", 8, 128, 4, ATARI, [SB3, SUBPROCESSES],
-                  "train rollouts update environment split"),
-    "a2c": Case("A2C on Atari, 16 × 5", "atari", "ALE/Breakout-v5", 16, 5, 1, ["sa2c_atari"], [SB3],
-                "train update split"),
-    "halfcheetah": Case("HalfCheetah-v5, 1 × 2048", "control", "HalfCheetah-v5", 1, 2048, 32, CONTROL, [SB3, SBX],
-                        "train update environment split"),
-    "hopper": Case("Hopper-v5, 1 × 2048", "control", "Hopper-v5", 1, 2048, 32, CONTROL, [SB3, SBX],
-                   "train environment split"),
-    "gpu-8": Case("Atari on a GPU, 8 × 128", "gpu", "ALE/Breakout-v5", 8, 128, 4, ATARI, [SB3],
-                  "train environment split"),
-    "gpu-32": Case("Atari on a GPU, 32 × 128", "gpu", "ALE/Breakout-v5", 32, 128, 4, ATARI, [SB3],
-                   "train environment split"),
-}  # fmt: skip
-TARGETS = [  # what, case, mode, measured column, targets by default and with the fastest flags
-    ("Atari, 8 × 128, CPU with AVX512-BF16", "atari", "train", "ratio", "≥ 1.9 ×", "≥ 2.9 ×"),
-    ("Atari, CPU, acting and environment only", "atari", "rollouts", "ratio", "≥ 2 ×", ""),
-    ("HalfCheetah-v5, 1 × 2048, CPU", "halfcheetah", "train", "ratio", "≥ 3 ×", "≥ 5 ×"),
-    ("SA2C on Atari, 16 × 5, CPU", "a2c", "train", "ratio", "≥ 1.9 ×", "≥ 2.5 ×"),
-    ("peak resident memory, Atari, 8 × 128", "atari", "train", "memory", "≤ 1 ×", ""),
-    ("Atari on a GPU, 8 × 128, steps/s", "gpu-8", "train", "speed", "", "> 6,800"),
-    ("Atari on a GPU, 32 × 128, steps/s", "gpu-32", "train", "speed", "", "> 10,000"),
-]
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmark" / "results" / "speed.csv"
-BEFORE = "before: "  # precedes the names of another checkout's scripts
-BEGIN, END = "<!-- speed.py writes from here -->", "<!-- to here -->"
-CORES = len(os.sched_getaffinity(0))
-PARTS = ["acting", "environment", "advantages", "update", "logging", "rest"]
-KEY = ["machine", "case", "mode", "threads"]
-FIELDS = [*KEY, "commit", "busy_cores", "contestant", "flags", "repetition",
-          "steps_per_second", "memory_mb", "workers_mb", *PARTS, "note"]  # fmt: skip
+    "atari": Case("Atari", GAMES, "", BREAKOUT, 8, 128, 4, 8_192),
+    "atari-bf16": Case("Atari", GAMES, "--bf16", BREAKOUT, 8, 128, 4, 8_192),
+    "atari-bf16-compile": Case("Atari", GAMES, "--bf16 --compile", BREAKOUT, 8, 128, 4, 8_192),
+    "atari-32": Case("Atari, 32 games", GAMES, "--bf16", BREAKOUT, 32, 128, 4, 32_768),
+    "sa2c": Case("SA2C, Atari", "sa2c_atari.py", "", BREAKOUT, 16, 5, 1, 16_000),
+    "sa2c-control": Case("SA2C, control", "sa2c_continuous.py", "", CHEETAH, 16, 5, 1, 40_000),
+    "halfcheetah": Case("HalfCheetah", CONTROL, "", CHEETAH, 1, 2048, 32, 40_960),
+    "halfcheetah-compile": Case("HalfCheetah", CONTROL, "--compile", CHEETAH, 1, 2048, 32, 81_920),
+}
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+@dataclass
+class Args:
+    """Speed beside Stable-Baselines3, sbx and another checkout."""
 
-
-def machine(sbx_python: str) -> str:
-    """What is measured on, and with what."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", cpu)
-    yes_no = [f"{flag.replace('_', '-').upper()} {'yes' if f' {flag} ' in cpu else 'no'}"
-              for flag in ("avx512f", "avx512_bf16", "amx_bf16")]  # fmt: skip
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    hardware = [name[1] if name else platform.processor(), f"{CORES} cores", *yes_no, f"{memory:.0f} GiB",
-                *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])]  # fmt: skip
-    packages = ["torch", "numpy", "stable-baselines3", "gymnasium", "ale-py", "mujoco"]
-    code = "from importlib.metadata import version as v; print('sbx-rl', v('sbx-rl') + ', jax', v('jax'))"
-    sbx = subprocess.run([sbx_python, "-c", code], capture_output=True, text=True).stdout.strip()
-    software = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
-    return ", ".join(hardware) + "; " + ", ".join([*software, sbx or "sbx not installed"])
+    cases: tuple[Literal[*CASES], ...] = tuple(CASES)  # which; default: all
+    pairs: int = 5  # runs of each contestant, in turn
+    against: Path | None = None  # another checkout, whose scripts run the same cases
+    peers: bool = True  # Stable-Baselines3 and, where it is installed, sbx
+    sbx_python: str = sys.executable  # the Python of an environment that has sbx
+    torch_threads: int = 0  # 0: one for control, one per core for games
+    cuda: bool = False  # all contestants on the GPU
+    output: Path | None = None  # Markdown file to write the table into
+    quick: bool = False  # one pair of tiny runs; no figure is kept
 
 
 def busy_cores(seconds: float) -> float:
-    """Cores that others keep busy while this process sleeps."""
+    """Cores that others keep busy while this process sleeps; 0 where the system does not say."""
 
-    def ticks():  # of all cores: user, nice, system, idle, waiting for a disk, …
-        return [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    def idle_and_all() -> tuple[int, int]:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)
 
-    before = ticks()
+    if sys.platform != "linux":
+        return 0.0
+    idle_before, all_before = idle_and_all()
     time.sleep(seconds)
-    spent = [after - before for after, before in zip(ticks(), before)]
-    return os.cpu_count() * (1 - (spent[3] + spent[4]) / max(sum(spent), 1))
+    idle_after, all_after = idle_and_all()
+    return CORES * (1 - (idle_after - idle_before) / max(all_after - all_before, 1))
 
 
-def run(job: dict, python: str, root: Path = ROOT) -> dict:
-    """Does the job in a process of its own; what goes wrong there is a note in the result."""
-    threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    with tempfile.TemporaryDirectory() as folder:  # where the script leaves its runs/
-        command = [python, root.resolve() / "benchmark" / "measure.py", json.dumps(job)]
-        done = subprocess.run(command, cwd=folder, env=os.environ | threads, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    errors = [line.strip("│ \n") for line in done.stderr.splitlines() if re.search(r"\w", line)] or ["no message"]
-    if "No module named" in errors[-1]:
-        return dict(note=f"not installed: {errors[-1].split()[-1]}")
-    if done.returncode == 2:  # by the script's validation, or by its command line
-        reasons = [line for line in errors if "--" in line and "help" not in line]
-        return dict(note=f"refused: {(reasons or errors)[-1]}")
-    print(done.stderr, file=sys.stderr)
-    return dict(note=f"failed with status {done.returncode}: {errors[-1]}")
+def run(command: list, folder: str) -> tuple[str, float]:
+    """What a process prints, and its peak memory in MB."""
+    with open(Path(folder, "output"), "w+") as output, open(Path(folder, "errors"), "w+") as errors:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        errors.seek(0)
+        if status:
+            sys.exit(f"{' '.join(map(str, command))}:\n{errors.read()[-3000:]}")
+        return output.read(), usage.ru_maxrss / 1024
 
 
-def contestants(case: Case, mode: str) -> list[tuple[str, str, list[str]]]:
-    """Name, "default", "fastest" or "", and flags of all that are measured in this mode."""
-    entries = []
-    for script in case.scripts[:1] if mode == "environment" else case.scripts:  # they share the environment's class
-        fastest = FASTEST[script.split()[0], case.kind]
-        entries += [(script, "default", [])] + ([(script, "fastest", fastest)] if fastest else [])
-    for peer in case.peers if mode != "split" else []:
-        if mode == "train" or peer == SB3 or peer == SUBPROCESSES and mode != "update":
-            entries.append((peer, "", []))
-    return entries + [(BARE, "", [])] * (mode == "environment")
+def settings(case: Case, seed: int, threads: int, cuda: bool) -> list[str]:
+    """The flags that both sides have."""
+    return [
+        f"--seed={seed}",
+        f"--num-envs={case.num_envs}",
+        f"--num-steps={case.num_steps}",
+        f"--total-timesteps={case.total_timesteps}",
+        f"--torch-threads={threads}",
+        "--cuda" if cuda else "--no-cuda",
+    ]
 
 
-def measure_all(case: Case, key: dict, args: argparse.Namespace) -> list[dict]:
-    """Rows of one case in one mode: all its contestants, in turn, over several repetitions."""
-    rows, entries = [], contestants(case, key["mode"])
-    if args.before:
-        entries += [(BEFORE + name, kind, flags) for name, kind, flags in entries if kind]
-    for repetition in range(args.repetitions if key["mode"] != "split" else 1):
-        for name, kind, flags in entries if repetition % 2 == 0 else entries[::-1]:
-            root = args.before if name.startswith(BEFORE) else ROOT
-            git = ["git", "-C", root, "describe", "--always", "--dirty"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout
-            job = case._asdict() | key
-            job |= dict(threads=int(key["threads"]), contestant=name.removeprefix(BEFORE), flags=flags)
-            job |= dict(seed=repetition + 1, seconds=args.seconds, iterations=args.iterations, quick=args.quick)
-            row = dict.fromkeys(FIELDS, "") | key | dict(contestant=name, flags=" ".join(flags) or kind)
-            row |= dict(repetition=repetition + 1, commit=commit.strip())
-            row |= dict(busy_cores=f"{busy_cores(0.1 if args.quick else 1):.2f}")
-            result = run(job, args.sbx_python if name == SBX else sys.executable, root)
-            row |= {field: x if field == "note" else f"{x:.1f}" for field, x in result.items()}
-            rows.append(row)
-            print(*list(key.values())[1:], label(name, row["flags"]), row["steps_per_second"] or row["note"], sep=", ",
-                  file=sys.stderr)  # fmt: skip
+def measure_script(root: Path, case: Case, *where) -> tuple[float, float]:
+    """Steps per second and memory of one run of ours."""
+    command = [sys.executable, root / case.script, f"--env-id={case.env_id}", *case.flags.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--eval-episodes=1", *settings(case, *where)]
+        _, memory = run(command, folder)
+        (events,) = Path(folder, "runs").glob("*/events*")
+        points = EventAccumulator(str(events)).Reload().Scalars("losses/value_loss")
+    first = points[len(points) // 5]
+    last = points[-1]
+    return (last.step - first.step) / (last.wall_time - first.wall_time), memory
+
+
+def measure_peer(python: str, library: str, case: Case, *where) -> tuple[float, float]:
+    """The same of a peer."""
+    env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", case.env_id)
+    command = [python, ROOT / "benchmark" / "peer.py", f"--library={library}"]
+    command += [f"--method={case.method}", f"--env-id={env_id}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command += [f"--num-minibatches={case.num_minibatches}", *settings(case, *where)]
+        output, memory = run(command, folder)
+    return float(output.split()[-1]), memory
+
+
+def has_sbx(python: str) -> bool:
+    return subprocess.run([python, "-c", "import sbx"], capture_output=True).returncode == 0
+
+
+def contestants(case: Case, args: Args) -> dict:
+    """A function of seed, threads and device for each that has this case."""
+    found = {OURS: lambda *where: measure_script(ROOT, case, *where)}
+    if args.peers:
+        found[SB3] = lambda *where: measure_peer(sys.executable, "stable_baselines3", case, *where)
+    if args.peers and case.control and case.method == "ppo" and has_sbx(args.sbx_python):
+        found[SBX] = lambda *where: measure_peer(args.sbx_python, "sbx", case, *where)
+    if args.against and (args.against / case.script).exists():
+        found[AGAINST] = lambda *where: measure_script(args.against.resolve(), case, *where)
+    return found
+
+
+def tiny(case: Case) -> Case:
+    """Small enough to try."""
+    if case.method == "a2c":
+        return replace(case, total_timesteps=4_800)
+    num_steps = 64 if case.control else 8
+    return replace(case, num_steps=num_steps, total_timesteps=10 * num_steps * case.num_envs)
+
+
+def measure(name: str, args: Args, where: str) -> list[dict]:
+    """All contestants of a case, in turn; a row for each run."""
+    case = tiny(CASES[name]) if args.quick else CASES[name]
+    threads = args.torch_threads or (1 if case.control else CORES)
+    functions = contestants(case, args)
+    rows = []
+    for pair in range(1, args.pairs + 1):
+        for who in list(functions) if pair % 2 else reversed(functions):
+            busy = busy_cores(0.1 if args.quick else 1.0)
+            speed, memory = functions[who](pair, threads, args.cuda)
+            figures = f"{speed:.1f}", f"{memory:.0f}", f"{busy:.2f}"
+            rows.append(dict(zip(FIELDS, (where, name, str(pair), who, *figures))))
+            print(name, pair, who, *figures, sep=", ", file=sys.stderr)
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+def machine(cuda: bool) -> str:
+    """What is measured on, and with what."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.*)", cpu)
+    parts = [model[1] if model else platform.processor(), f"{CORES} cores"]
+    parts.append("AVX512-BF16" if " avx512_bf16" in cpu else "no AVX512-BF16")
+    if cuda:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        parts.append(subprocess.check_output(query, text=True).strip())
+    packages = ["torch", "numpy", "stable-baselines3", "gymnasium", "ale-py", "mujoco"]
+    parts.append(f"Python {platform.python_version()}")
+    return ", ".join(parts + [f"{package} {version(package)}" for package in packages])
 
 
-def label(contestant: str, flags: str) -> str:
-    return f"`{contestant}{'' if flags == 'default' else ' ' + flags}`" if flags else contestant
+def column(rows: list[dict], who: str, field: str) -> list[float]:
+    """By pair."""
+    return [float(row[field]) for row in rows if row["who"] == who]
 
 
-def spread(values, digits: int = 0) -> str:
-    """Median (lowest–highest)."""
+def spread(values: list[float], digits: int) -> str:
+    """Median (lowest to highest)."""
     if not values:
-        return "–"
+        return "-"
     low, middle, high = (f"{x:,.{digits}f}" for x in (min(values), median(values), max(values)))
-    return f"{middle} ({low}–{high})"
+    return f"{middle} ({low} to {high})"
 
 
-def column(rows: list[dict], name: str, flags: str, field: str) -> dict[str, float]:
-    """A contestant's values by repetition."""
-    found = [row for row in rows if (row["contestant"], row["flags"]) == (name, flags) and row[field]]
-    return {row["repetition"]: float(row[field]) for row in found}
+def ratios(rows: list[dict], who: str) -> list[float]:
+    """Of our steps per second to theirs, in each pair."""
+    pairs = zip(column(rows, OURS, "steps_per_second"), column(rows, who, "steps_per_second"))
+    return [ours / theirs for ours, theirs in pairs]
 
 
-def ratios(rows: list[dict], name: str, flags: str, peer: str, field: str = "steps_per_second") -> str:
-    """Ratio to the peer, over the repetitions that both have."""
-    ours, theirs = column(rows, name, flags, field), column(rows, peer, "", field)
-    return spread([ours[repetition] / theirs[repetition] for repetition in ours if repetition in theirs], 2)
+def table(rows: list[dict], peers: list[str]) -> str:
+    """A line for each case."""
+    header = ["case", "ours, steps/s"]
+    for peer in peers:
+        header += [f"{peer}, steps/s", "ratio"]
+    header += ["memory, MB", *(f"{peer}'s" for peer in peers)]
+    lines = [header, ["---"] * len(header)]
+    for name in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == name]
+        cells = [f"{CASES[name].title} `{CASES[name].flags}`".removesuffix(" ``")]
+        cells.append(spread(column(mine, OURS, "steps_per_second"), 0))
+        for peer in peers:
+            cells.append(spread(column(mine, peer, "steps_per_second"), 0))
+            cells.append(spread(ratios(mine, peer), 2))
+        for who in [OURS, *peers]:
+            memory = column(mine, who, "memory_mb")
+            cells.append(f"{median(memory):.0f}" if memory else "-")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
-
-
-def speed_table(rows: list[dict], peers: list[str]) -> str:
-    lines = []
-    for name, flags in dict.fromkeys((row["contestant"], row["flags"]) for row in rows):
-        speed, memory, workers = (column(rows, name, flags, x).values() for x in FIELDS[9:12])
-        megabytes = f"{max(memory, default=0):.0f} MB" + (f" + {max(workers):.0f}" if any(workers) else "")
-        note = next(row["note"] for row in rows if (row["contestant"], row["flags"]) == (name, flags))
-        cells = [ratios(rows, name, flags, peer) if peer != name else "1" for peer in peers]
-        lines.append([label(name, flags), note or spread(speed), *cells, megabytes if memory else "–"])
-    return table(["", "steps/s", *(f"ratio to {peer}" for peer in peers), "peak memory (+ workers)"], lines)
-
-
-def split_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        values = [float(row[part] or 0) for part in PARTS]
-        cells = [f"{x:.0f} ({x / sum(values):.0%})" for x in [*values, sum(values)]] if any(values) else [row["note"]]
-        lines.append([label(row["contestant"], row["flags"]), *cells])
-    return table(["µs per step", *PARTS, "all"], lines)
-
-
-def target_table(groups: dict[tuple, list[dict]]) -> str:
-    """The targets, and beside each what was measured, a line per script and number of threads."""
-    lines = []
-    for what, case, mode, quantity, *goals in TARGETS:
-        cells = {True: [], False: []}  # by default, with the fastest flags
-        for (_, _, threads), rows in ((key, rows) for key, rows in groups.items() if key[:2] == (case, mode)):
-            for name, flags in dict.fromkeys((row["contestant"], row["flags"]) for row in rows if row["flags"]):
-                text = ratios(rows, name, flags, SB3, "memory_mb" if quantity == "memory" else "steps_per_second")
-                if quantity == "speed":
-                    text = spread(column(rows, name, flags, "steps_per_second").values())
-                cells[flags == "default"].append(f"{text} {label(name, flags)}, threads: {threads}")
-        pairs = [(goal, "<br>".join(cells[default]) if goal else "") for goal, default in zip(goals, (True, False))]
-        lines.append([what, *(cell for pair in pairs for cell in pair)])
-    return table(["", "target, default flags", "measured", "target, fastest flags", "measured"], lines)
-
-
-def report(rows: list[dict]) -> str:
-    """Everything, machine by machine."""
+def report(rows: list[dict], peers: list[str]) -> str:
+    """A table for each machine."""
     sections = []
     for where in dict.fromkeys(row["machine"] for row in rows):
-        here, groups = [row for row in rows if row["machine"] == where], defaultdict(list)
-        for row in here:
-            groups[row["case"], row["mode"], row["threads"]].append(row)
-        busy, commits = max(float(row["busy_cores"]) for row in here), sorted({row["commit"] for row in here})
-        warning = ": **not idle, so these figures are no evidence**" if busy > 0.2 else ""
-        sections += [f"**Machine**: {where}. Code at {', '.join(commits)}. Median (lowest–highest) of the repetitions. "
-                     f"Before a measurement others kept at most {busy:.1f} cores busy{warning}.",
-                     f"**Targets**, ratios to {SB3} where no unit is given\n\n{target_table(groups)}"]  # fmt: skip
-        for (name, mode, threads), group in groups.items():
-            peers = [peer for peer in CASES[name].peers if peer in {row["contestant"] for row in group}]
-            body = split_table(group) if mode == "split" else speed_table(group, peers)
-            sections.append(f"**{CASES[name].title}: {mode}**, torch threads: {threads}\n\n{body}")
+        here = [row for row in rows if row["machine"] == where]
+        busy = max(float(row["busy_cores"]) for row in here)
+        idle = "The machine was idle." if busy < 0.2 else f"**Others kept {busy:.1f} cores busy.**"
+        pairs = max(int(row["pair"]) for row in here)
+        text = f"{where}. Medians (lowest to highest) of {pairs} pairs. {idle}"
+        sections.append(f"{text}\n\n{table(here, peers)}")
     return "\n\n".join(sections)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all that the machine can run")
-    parser.add_argument("--modes", nargs="+", choices=["train", "rollouts", "update", "environment", "split"])
-    parser.add_argument("--repetitions", type=int, default=3, help="0: only prints what the CSV file holds")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement, after the warm-up")
-    parser.add_argument("--iterations", type=int, default=3, help="at least, in each measurement")
-    parser.add_argument("--torch-threads", type=int, nargs="+", help="default: control and --quick 1, else all cores")
-    parser.add_argument("--sbx-python", default=sys.executable, help="the python of an environment that has sbx-rl")
-    parser.add_argument("--before", type=Path, help="another checkout, whose scripts are measured beside ours")
-    parser.add_argument("--csv", type=Path, help="raw measurements; default results/speed.csv, with --quick none")
-    parser.add_argument("--output", type=Path, help="Markdown file to put the tables into")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one repetition")
-    args = parser.parse_args()
-    path = args.csv or (None if args.quick else RESULTS)
+def keep(rows: list[dict]) -> list[dict]:
+    """Puts rows into the results, in place of those of the same cases and machine. Returns all."""
+    measured = {(row["machine"], row["case"]) for row in rows}
+    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    rows = [row for row in old if (row["machine"], row["case"]) not in measured] + rows
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def write(path: Path, text: str) -> None:
+    """Between the two marks."""
+    page = path.read_text(encoding="utf-8")
+    head, _, rest = page.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+
+
+def main(args: Args) -> None:
     if args.quick:
-        args.repetitions, args.seconds, args.iterations = 1, 0.1, 1
-    where = machine(args.sbx_python)
-    rows = list(csv.DictReader(path.open())) if path and path.exists() else []
-    names = [name for name in CASES if CASES[name].kind != "gpu" or torch.cuda.is_available()]
-    for name in args.cases or [name for name in names if not (args.quick and name == "hopper")]:  # as halfcheetah
-        case = CASES[name]
-        if args.quick and name != "a2c":
-            case = case._replace(num_steps=64 if case.kind == "control" else 8, num_minibatches=4)
-        for mode in [mode for mode in case.modes.split() if args.repetitions and mode in (args.modes or mode)]:
-            for threads in args.torch_threads or [1 if case.kind == "control" or args.quick else CORES]:
-                key = dict(zip(KEY, (where, name, mode, str(threads))))
-                rows = [row for row in rows if any(row[field] != key[field] for field in KEY)]  # measured anew
-                rows += measure_all(case, key, args)
-                if path:  # after each, so that nothing is lost
-                    with path.open("w", newline="") as file:
-                        writer = csv.DictWriter(file, FIELDS)
-                        writer.writeheader()
-                        writer.writerows(rows)
-    text = report(rows)
-    print(text)
+        args.pairs = 1
+    where = machine(args.cuda)
+    rows = []
+    kept = []
+    for name in args.cases:
+        rows += measure(name, args, where)
+        if args.peers and not args.quick:
+            kept = keep([row for row in rows if row["who"] != AGAINST])
+    if args.peers:
+        print(report(kept or rows, [SB3, SBX]))
+    if args.against:
+        print(report(rows, [AGAINST]))
     if args.output:
-        page = args.output.read_text() if args.output.exists() else ""
-        before, _, rest = page.partition(BEGIN)
-        args.output.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2] or chr(10)}")
+        write(args.output, report(kept, [SB3, SBX]))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))

@@ -1,21 +1,21 @@
-"""The tables of final scores in docs/checks.md and docs/results.md, from `results/scores*.csv` and
-`results/reference.csv`, in Markdown; `python docs/results.py` writes them there."""
+"""The tables of final scores in docs/checks.md and docs/results.md, in Markdown, from
+`results/scores.csv` and `results/reference.csv`; `python docs/results.py` writes them there."""
 
-import csv
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from score import read
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = 299_008  # of the comparison with Stable-Baselines3: 146 batches of 2,048
 
 
 def interval(scores) -> tuple[float, float]:
     """Mean and half-width of the 95 % t interval."""
-    return np.mean(scores), stats.t.ppf(0.975, len(scores) - 1) * np.std(scores, ddof=1) / len(scores) ** 0.5
+    error = np.std(scores, ddof=1) / len(scores) ** 0.5
+    return np.mean(scores), stats.t.ppf(0.975, len(scores) - 1) * error
 
 
 def difference(ours, theirs) -> tuple[float, float, float]:
@@ -29,14 +29,10 @@ def markdown(header: str, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def read(name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader((RESULTS / f"{name}.csv").open()))
-
-
 def peers() -> dict[tuple[str, str, int], dict[int, dict]]:
     """Rows by method, environment and steps, then by seed: Stable-Baselines3 and the uniform policy."""
     rows = defaultdict(dict)
-    for row in read("reference"):
+    for row in read(RESULTS / "reference.csv"):
         env = re.sub("(.*)NoFrameskip-v4", r"ALE/\1-v5", row["env_id"])
         rows[row["method"], env, int(row["steps"])][int(row["seed"])] = row
     return rows
@@ -45,11 +41,14 @@ def peers() -> dict[tuple[str, str, int], dict[int, dict]]:
 def ours() -> dict[tuple[str, str, int], dict[int, dict]]:
     """Rows by script with flags, environment and steps, then by seed."""
     rows = defaultdict(dict)
-    for row in read("scores"):
-        script, flags = row["command"].split(" ", 1)
-        env, seed = (re.search(rf"--{flag} (\S+)", flags).group(1) for flag in ("env-id", "seed"))
-        flags = re.sub(r" ?--(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+", "", flags)
-        rows[(script + flags), env, int(row["steps"])][int(seed)] = row
+    for row in read(RESULTS / "scores.csv"):
+        command = row["command"]
+        env = re.search(r"--env-id (\S+)", command)[1]
+        seed = int(re.search(r"--seed (\S+)", command)[1])
+        name = re.sub(
+            r" --(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+", "", command
+        )
+        rows[name, env, int(row["steps"])][seed] = row
     return rows
 
 
@@ -58,64 +57,64 @@ def commits(rows) -> str:
 
 
 def games() -> str:
+    """SPPO beside the uniform policy, a line for each seed."""
     lines = []
     for (name, env, steps), rows in sorted(ours().items()):
-        for seed, row in sorted(rows.items()) if name == "sppo_atari.py" else []:
-            cells = []
-            for r in (row, peers()["uniform", env, 0][1]):
-                half = stats.t.ppf(0.975, int(r["episodes"]) - 1) * float(r["std"]) / (int(r["episodes"]) - 1) ** 0.5
-                cells.append(f"{float(r['mean']):.0f} ± {half:.0f} ({r['episodes']} games)")
-            lines.append([env, seed, f"{steps:,}", f"{int(row['seconds']) / 60:.0f}", *cells])
+        if name != "sppo_atari.py":
+            continue
+        for seed, row in sorted(rows.items()):
+            cells = [env, seed, f"{steps:,}", f"{int(row['seconds']) / 60:.0f}"]
+            for one in (row, peers()["uniform", env, 0][1]):
+                episodes = int(one["episodes"])
+                half = stats.t.ppf(0.975, episodes - 1) * float(one["std"]) / (episodes - 1) ** 0.5
+                cells.append(f"{float(one['mean']):.0f} ± {half:.0f} ({episodes} games)")
+            lines.append(cells)
     return markdown("game | seed | steps | minutes | trained policy | uniform policy", lines)
 
 
+def means(rows: dict[int, dict], seeds) -> list[float]:
+    return [float(rows[seed]["mean"]) for seed in seeds]
+
+
 def beside_peers() -> str:
+    """All our scores, beside Stable-Baselines3's and the uniform policy's where there are some."""
     lines = []
     for (name, env, steps), rows in sorted(ours().items(), key=lambda item: item[0][1::-1]):
-        scores = {seed: float(rows[seed]["mean"]) for seed in sorted(rows) if seed <= 3}
+        seeds = sorted(seed for seed in rows if seed <= 3)
+        scores = means(rows, seeds)
+        listed = ", ".join(f"{x:.0f} (seed {seed})" for seed, x in zip(seeds, scores))
+        code = commits(rows[seed] for seed in seeds)
+        cells = [f"`{name}`", env, f"{steps:,}", code, listed, f"{np.mean(scores):.0f}"]
+
         peer_rows = peers()["a2c" if "a2c" in name else "ppo", env, steps]
-        uniform = [float(row["mean"]) for row in peers()["uniform", env, 0].values()]
-        cells = ["–"] * 3
-        if uniform and {1, 2, 3} <= peer_rows.keys():
-            peer = np.mean([float(peer_rows[seed]["mean"]) for seed in (1, 2, 3)])
-            cells = [f"{(peer + uniform[0]) / 2:.0f}", f"{peer:.0f}", f"{uniform[0]:.0f}"]
-        listed = ", ".join(f"{score:.0f} (seed {seed})" for seed, score in scores.items())
-        mean = f"{np.mean(list(scores.values())):.0f}"
-        lines.append([f"`{name}`", env, f"{steps:,}", commits(rows[seed] for seed in scores), listed, mean, *cells])
-    header = "script | environment | steps | code | seeds' final scores | mean | halfway | Stable-Baselines3 | uniform"
-    return markdown(header, lines)
+        uniform_rows = peers()["uniform", env, 0]
+        if uniform_rows and {1, 2, 3} <= peer_rows.keys():
+            peer = np.mean(means(peer_rows, (1, 2, 3)))
+            uniform = means(uniform_rows, uniform_rows)[0]
+            cells += [f"{(peer + uniform) / 2:.0f}", f"{peer:.0f}", f"{uniform:.0f}"]
+        else:
+            cells += ["–"] * 3
+        lines.append(cells)
+    header = "script | environment | steps | code | seeds' final scores | mean"
+    return markdown(f"{header} | halfway | Stable-Baselines3 | uniform", lines)
 
 
 def baseline() -> str:
     """Our PPO against Stable-Baselines3's, on the seeds that both have."""
     lines = []
     for (name, env, steps), rows in sorted(ours().items()):
-        both = sorted(rows.keys() & peers()["ppo", env, steps].keys())
+        peer_rows = peers()["ppo", env, steps]
+        both = sorted(rows.keys() & peer_rows.keys())
         if name not in ("ppo_baseline.py --policy gaussian", "ppo_baseline.py") or len(both) < 3:
             continue
-        a, b = ([float(side[seed]["mean"]) for seed in both] for side in (rows, peers()["ppo", env, steps]))
-        gap, low, high = difference(a, b)
-        verdict = "not weaker" if low > -0.1 * np.mean(b) else "undecided"
-        sides = ("{:.0f} ± {:.0f}".format(*interval(side)) for side in (a, b))
-        code = commits(rows[seed] for seed in both)
-        lines.append([env, f"{steps:,}", code, len(both), *sides, f"{gap:+.0f} ({low:+.0f} to {high:+.0f})", verdict])
-    header = "environment | steps | code | seeds | ours | Stable-Baselines3 | difference (95 % interval) | verdict"
-    return markdown(header, lines)
-
-
-def before_and_after() -> str:
-    """Of the shortening of the scripts, on the same commands."""
-    lines = []
-    before, pairs = {row["command"]: float(row["mean"]) for row in read("scores_before")}, defaultdict(list)
-    for row in read("scores"):
-        if row["command"] in before:
-            kind = re.sub(r" --(seed|total-timesteps|eval-episodes|torch-threads) \S+", "", row["command"])
-            pairs[kind].append((before[row["command"]], float(row["mean"])))
-    for kind, scores in sorted(pairs.items()):
-        old, new = zip(*scores)
-        script, env = kind.split(" --env-id ")
-        text = "both the same"
-        if len(set(old + new)) > 1:
-            text = "{:+.0f} ({:+.0f} to {:+.0f})".format(*difference(new, old))
-        lines.append([f"`{script}`", env, len(old), f"{np.mean(old):.0f}", f"{np.mean(new):.0f}", text])
-    return markdown("script | environment | seeds | before | after | difference (95 % interval)", lines)
+        our_scores = means(rows, both)
+        peer_scores = means(peer_rows, both)
+        gap, low, high = difference(our_scores, peer_scores)
+        cells = [env, f"{steps:,}", commits(rows[seed] for seed in both), len(both)]
+        for scores in (our_scores, peer_scores):
+            cells.append("{:.0f} ± {:.0f}".format(*interval(scores)))
+        cells.append(f"{gap:+.0f} ({low:+.0f} to {high:+.0f})")
+        cells.append("not weaker" if low > -0.1 * np.mean(peer_scores) else "undecided")
+        lines.append(cells)
+    header = "environment | steps | code | seeds | ours | Stable-Baselines3"
+    return markdown(f"{header} | difference (95 % interval) | verdict", lines)
