@@ -1,29 +1,26 @@
-"""SPPO for language models: PPO with the symmetric loss of Byun and Perrault (ICML 2025, arXiv 2405.17618), per token.
+"""SPPO for language models: PPO with the symmetric loss of Byun and Perrault (ICML 2025,
+arXiv 2405.17618), per token. A language model, the policy, continues prompts; a reward model scores
+the texts. Each token of a response is an action, up to and including the first that ends it. π is
+the probability of the token that was sampled, π_old its probability when it was sampled,
+r = π / π_old their ratio, and A the advantage. The policy loss has two terms:
 
-A language model, the policy, continues prompts; a reward model scores the texts. Each token of a response is an action,
-up to and including its first end of text. With π the probability of the token that was sampled, π_old the same when it
-was sampled, r = π / π_old and A its advantage:
+    forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
+    reverse = -m · A · Z · (1 - π) / π_old      reverse cross-entropy; Z < 0 stands in for log 0,
+                                                m is 1 where `forward` has a gradient, else 0
+    loss = α · forward + β · reverse + vf_coef · value loss
 
-    forward = −min(r·A, clip(r, 1−ε, 1+ε)·A)    PPO's clipped objective
-    reverse = −m · A · Z · (1 − π) / π_old      after reverse cross-entropy; Z < 0 stands for log 0,
-                                                m is 1 where the clipped objective has a gradient, else 0
-    loss = α · forward + β · reverse + vf_coef · value loss + target_coef · target loss (−log π of given texts)
+With α = 1 and β = 0 this is PPO. The gradient of `reverse` is |Z| times the gradient of `forward`:
+`--alpha 0.9 --beta 0` trains the same as the defaults, but for rounding. Without the division by
+π_old (`--no-importance-weighted-reverse`, the plain form) the two terms really differ.
 
-With α = 1, β = 0 this is PPO. The gradient of `reverse` is |Z| times that of `forward`: `--alpha` α + β|Z| `--beta 0`
-is the same but for rounding, the matched control. (For the plain reverse term take the logged `losses/mean_weight`
-instead of α + β|Z|.) Each iteration of `main`
+One iteration:
 
-    samples responses to batch_size prompts and scores them                        collect_responses
-    rewards tokens: −kl_coef · log(π_old / π_ref), plus the score for the last     add_noise, token_rewards
-    computes advantages A by GAE over tokens, returns = A + V                      gae
-    in each epoch, for each minibatch, normalises A and steps down the loss        update, normalize, losses_of
+    1. sample responses to prompts, and score them                  collect_responses
+    2. reward each token with -kl_coef · log(π_old / π_ref), the
+       last also with the score; compute advantages A               token_advantages, gae
+    3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
-π_ref is the policy before training. What differs from the released code, and why: padding is left out of all means and
-of the normalisation, which is per minibatch; ends of text are trained, and an empty response has a reward; responses
-may end early: forbidding the end would sample from another policy; the value loss is not clipped, weights do not decay,
-as in the siblings; the target loss is off, and its targets are how the prompts went on, there how they began.
-
-    python sppo_rlhf.py --reward-label 1 --gold-model models/gold    # after benchmark/tiny_language.py
+    python sppo_rlhf.py --reward-label 1 --gold-model models/gold    # after small_models/train.py
     python sppo_rlhf.py --resume runs/<run>
 """
 
@@ -33,13 +30,13 @@ import csv
 import itertools
 import json
 import os
-import signal
+import random
+import runpy
 import sys
 import time
-from collections import namedtuple
-from dataclasses import asdict, dataclass, make_dataclass
+from collections import defaultdict, namedtuple
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import peft
@@ -47,454 +44,563 @@ import torch
 import torch.nn as nn
 import transformers
 import tyro
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TAGS = """losses/policy_loss losses/forward_loss losses/reverse_loss losses/value_loss losses/target_loss
-    losses/old_approx_kl losses/approx_kl losses/clipfrac losses/grad_norm advantage/sign_flips_normalization""".split()
+MAY_BE_0 = """reward_label top_k seed lora_rank gamma gae_lambda vf_coef kl_coef alpha beta
+    missing_end_penalty reward_noise advantage_noise eval_interval torch_threads""".split()
+ROLLOUT = "tokens attention mask ended logprobs ref_logprobs values texts responses scores"
+Rollout = namedtuple("Rollout", ROLLOUT)
 
-PRESETS = {  # the released runs' settings; their value loss has a factor of 1/2, which is in vf_coef here
-    "imdb": dict(model="rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews", tokenizer="lvwerra/gpt2-imdb",
-        reward_model="lvwerra/distilbert-imdb", reward_label=1, prompts="stanfordnlp/imdb", prompt_column="text",
-        prompt_share=0.5, response_length=48, top_k=50, total_episodes=60 * 112, batch_size=112, update_epochs=5,
-        learning_rate=5e-6, gamma=0.99, kl_coef=0.001),
-    "tldr": dict(model="CarperAI/openai_summarize_tldr_sft", tokenizer="gpt2", reward_model="jdchang/tldr_rm_adapter",
-        prompts="CarperAI/openai_summarize_tldr", target_column="label", prompt_length=500, response_length=50,
-        total_episodes=200 * 64, micro_batch_size=4, update_epochs=4, lora_rank=8, lora_alpha=64,
-        learning_rate=5e-6, kl_coef=0.002, vf_coef=0.05, beta=0.2, bf16=True),
-}  # fmt: skip
-Rollout = namedtuple("Rollout", "tokens attention mask last ended texts scores logprobs ref_logprobs values")
 
 @dataclass
 class Args:
-    """SPPO for language models. Defaults are for the small models that benchmark/tiny_language.py makes."""
+    """SPPO for language models. Defaults fit the small models that small_models/train.py makes."""
 
-    preset: Literal["imdb", "tldr"] | None = None  # the released runs' settings and models, to which flags can be added
-    model: str = "models/policy"  # the policy: a folder or a name on the Hugging Face hub, here as below
-    tokenizer: str | None = None  # None: the policy's own
+    # models and prompts
+    model: str = "models/policy"  # the policy, a folder or a name on the Hugging Face hub
     reward_model: str = "models/proxy"  # a sequence classifier, with a tokenizer of its own
-    reward_label: int | None = None  # the score is the probability of this class; None: the classifier's only output
-    gold_model: str | None = None  # another such classifier, which only judges, at evaluations
-    prompts: str = "models/prompts.csv"  # .csv, .jsonl, .txt (a line each), or a hub data set (pip install datasets)
-    prompt_column: str = "prompt"  # the column with the prompts
-    target_column: str = "target"  # the column with the texts that --target-coef imitates
-    prompt_share: float = 1.0  # less than 1: the prompt is this share of a text's words, the rest is the target
+    reward_label: int | None = None  # the score is this class's probability; None: the only output
+    reward: str | None = None  # file.py:function(texts, prompts, responses), instead of that model
+    gold_model: str | None = None  # another classifier, which only judges, at evaluations
+    prompts: str = "models/prompts.csv"  # a .csv, .jsonl or .json file
+    prompt_column: str = "prompt"  # the column with the prompts: texts, or lists of chat messages
     prompt_length: int = 64  # tokens; of longer prompts the end is kept
     response_length: int = 24  # tokens at most
-    temperature: float = 1.0  # of the policy: divides the logits wherever probabilities are computed
-    top_k: int = 0  # sample among the k likeliest tokens; 0: all. Probabilities are always computed over all
-    seed: int = 1  # seed of the run: value head, prompts, samples, minibatches, noise
+    temperature: float = 1.0  # divides the logits wherever probabilities are computed
+    top_k: int = 0  # sample among the k likeliest tokens, not the policy: KL can be < 0; 0: all
+
+    # PPO
+    seed: int = 1  # seed of the value's head, prompts, samples, minibatches and noise
     total_episodes: int = 1920  # responses; the last incomplete batch is left out
     batch_size: int = 64  # responses per iteration
     num_minibatches: int = 4  # minibatches per epoch
-    micro_batch_size: int = 64  # responses per pass of policy and value: less memory, same loss (of targets nearly)
+    micro_batch_size: int = 64  # texts at once through any network: less memory, the same loss
     update_epochs: int = 2  # passes over each batch
     learning_rate: float = 2e-4  # step size of Adam
-    lora_rank: int = 0  # rank of LoRA adapters, trained alone but for the value's head; 0: all weights are trained
+    lora_rank: int = 0  # rank of LoRA adapters; 0: all weights are trained
     lora_alpha: float = 16.0  # adapters are multiplied by this over their rank
-    gamma: float = 1.0  # discount factor γ per token
-    gae_lambda: float = 0.95  # λ of generalised advantage estimation
-    clip_coef: float = 0.2  # clip range ε
+    gamma: float = 1.0  # discount factor per token
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    clip_coef: float = 0.2  # clip range
     norm_adv: bool = True  # normalise the advantages of each minibatch
     vf_coef: float = 0.25  # weight of the value loss
     kl_coef: float = 0.02  # weight of the KL penalty
-    target_coef: float = 0.0  # weight of the target loss, −log π of the target's tokens
+    missing_end_penalty: float = 0.0  # taken off the score of a response that does not end
     max_grad_norm: float = 1.0  # largest norm of the gradient, of policy and value together
-    alpha: float = 0.5  # α, weight of the forward (PPO) term
-    beta: float = 0.4  # β, weight of the reverse term
-    Z: float = -1.0  # Z < 0, the stand-in for log 0; only β·Z matters
-    importance_weighted_reverse: bool = True  # divide the reverse term by π_old; --no-…: the plain reverse term
-    reward_noise: float = 0.0  # std of Gaussian noise on the scores, in units of their running std; reports stay clean
-    advantage_noise: float = 0.0  # probability that a sample's advantage changes sign, redrawn in every epoch
-    eval_interval: int = 0  # responses between evaluations; 0: only before the first update and after the last
+
+    # the symmetric loss
+    alpha: float = 0.5  # weight of the forward (PPO) term
+    beta: float = 0.4  # weight of the reverse term
+    Z: float = -1.0  # stands in for log 0, negative; only beta * Z matters
+    importance_weighted_reverse: bool = True  # divide the reverse term by the old probability
+
+    # noise that the learner sees; reported scores are clean
+    reward_noise: float = 0.0  # std of Gaussian noise on scores, in units of the batch's std
+    advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
+
+    # the run
+    eval_interval: int = 0  # responses between evaluations; 0: before and after training
     eval_episodes: int = 128  # prompts held out for evaluations, the first ones of the file
-    checkpoint_interval: int = 1280  # responses between checkpoints; others: at evaluations, the end, after a signal
-    resume: str | None = None  # continue the run in this folder with its flags and what is typed
-    track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
+    checkpoint_interval: int = 1280  # responses between checkpoints, and saved models
+    resume: str | None = None  # go on with the run in this folder; typed flags replace its own
     cuda: bool = True  # use a GPU if there is one
     bf16: bool = False  # compute in bfloat16; with LoRA the frozen weights are kept in it, too
-    torch_threads: int = 0  # CPU threads of torch; 0: all cores, but not more than 8
+    torch_threads: int = 0  # CPU threads of torch; 0: one per core
+
 
 def validate(args: Args) -> None:
-    """Raises ValueError or OSError for what would quietly train something else, or fail only after a while."""
-    minibatch_size, least = args.batch_size / args.num_minibatches, 1 + args.norm_adv
-    if minibatch_size % 1 or minibatch_size < least or args.batch_size > args.total_episodes:
-        raise ValueError(f"--batch-size {args.batch_size} must divide by --num-minibatches and fit --total-episodes")
-    if not args.Z < 0 <= min(args.alpha, args.beta, args.reward_noise) or not 0 <= args.advantage_noise <= 1:
-        raise ValueError("--Z must be < 0, --alpha, --beta, --reward-noise must be ≥ 0, --advantage-noise in [0, 1]")
-    if (prompts := len(read_prompts(args))) < args.eval_episodes + args.batch_size:
-        raise ValueError(f"{args.prompts}: {prompts} prompts are fewer than --eval-episodes and --batch-size together")
-    positions = getattr(transformers.AutoConfig.from_pretrained(args.model), "max_position_embeddings", 10**9)
-    if args.prompt_length + args.response_length > positions or min(args.prompt_length, args.response_length) < 1:
-        raise ValueError(f"--prompt-length and --response-length must be ≥ 1 and fit {args.model}: {positions} tokens")
-    for model in filter(None, (args.reward_model, args.gold_model)):
-        labels = transformers.AutoConfig.from_pretrained(model).num_labels
-        if labels > 1 and args.reward_label not in range(labels):
-            raise ValueError(f"{model} has {labels} classes: choose one by --reward-label 0 to {labels - 1}")
+    """Raises ValueError for flags that would quietly train something else."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "Z":
+            if not (value > 0 or value == 0 and name in MAY_BE_0):
+                raise ValueError(f"{name} must be positive{' or 0' * (name in MAY_BE_0)}")
+    minibatch_size = args.batch_size / args.num_minibatches
+    if minibatch_size % 1 or minibatch_size < 1 + args.norm_adv:
+        raise ValueError(f"num_minibatches must divide the {args.batch_size} responses of a batch")
+    if args.batch_size > args.total_episodes:
+        raise ValueError("total_episodes must be at least batch_size")
+    if not args.Z < 0 or max(args.gamma, args.gae_lambda, args.advantage_noise) > 1:
+        raise ValueError("Z must be negative; gamma, gae_lambda, advantage_noise at most 1")
 
-def read_prompts(args: Args) -> list[tuple[str, str]]:
-    """(prompt, target) of each row that has a prompt."""
-    if (kind := Path(args.prompts).suffix) in (".csv", ".jsonl", ".txt"):
-        with open(args.prompts, newline="", encoding="utf-8") as file:
-            if kind == ".csv":
-                rows = list(csv.DictReader(file))
-            else:
-                rows = [json.loads(line) if kind == ".jsonl" else {args.prompt_column: line} for line in file]
-    else:
-        import datasets
-        rows = datasets.load_dataset(args.prompts, split="train").shuffle(seed=0)  # some are sorted by label
-    needed = [args.prompt_column] + [args.target_column] * (args.target_coef > 0 and args.prompt_share == 1)
-    if not len(rows) or not set(needed) <= rows[0].keys():
-        raise ValueError(f"{args.prompts} has no column {' or no '.join(needed)}: see --prompt-column, --target-column")
-    pairs = [((row.get(args.prompt_column) or "").strip(), row.get(args.target_column) or "") for row in rows]
-    if args.prompt_share < 1:
-        cuts = [(words := text.split(), int(len(words) * args.prompt_share)) for text, _ in pairs]
-        pairs = [(" ".join(words[:cut]), " " + " ".join(words[cut:])) for words, cut in cuts]
-    return [pair for pair in pairs if pair[0]]
 
-class RunningMeanStd:
-    """Mean and standard deviation of all samples so far (Welford, 1962)."""
+@contextlib.contextmanager
+def refusing():
+    """What is wrong with flags, models or files is said in one line, with status 2."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        print(f"{Path(__file__).name}: {reason.splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
 
-    def __init__(self, shape: tuple[int, ...] = ()):
-        self.count, self.mean, self.squares = 0, np.zeros(shape), np.zeros(shape)
 
-    def update(self, sample: np.ndarray) -> None:
-        self.count += 1
-        delta = sample - self.mean
-        self.mean = self.mean + delta / self.count
-        self.squares = self.squares + delta * (sample - self.mean)  # Σ (sample − mean)²
-        self.std = np.sqrt(self.squares / self.count + 1e-8)
+def read_prompts(args: Args) -> list[str | list[dict]]:
+    """Texts as they are written, or chat messages; rows with an empty one are left out."""
+    csv.field_size_limit(2**31 - 1)
+    with open(args.prompts, newline="", encoding="utf-8-sig") as file:  # -sig: no byte order mark
+        if args.prompts.endswith(".csv"):
+            rows = list(csv.DictReader(file))
+        else:
+            lines = [line for line in file if line.strip()]
+            is_array = lines[0].lstrip().startswith("[")
+            rows = json.loads("".join(lines) if is_array else f"[{','.join(lines)}]")
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        prompt = row.get(args.prompt_column) or "" if isinstance(row, dict) else None
+        is_chat = isinstance(prompt, list) and all("content" in dict(x) for x in prompt)
+        if not is_chat and not isinstance(prompt, str):
+            raise ValueError(f"{args.prompts}: row {number} has no text or messages: {row!s:.50}")
+        prompts.extend([prompt] if is_chat or prompt.strip() else [])
+    needed = args.eval_episodes + args.batch_size
+    if len(prompts) < needed:
+        found = f"{len(prompts)} prompts in the column {args.prompt_column}"
+        raise ValueError(f"{args.prompts}: {found}; evaluation and a batch need {needed}")
+    return prompts
 
-def encode(tokenizer, texts, side: str, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and mask, (batch, length): on this side they are padded, where the mask is 0."""
-    options = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
-    batch = tokenizer(list(texts), padding_side=side, **options)
-    return batch["input_ids"], batch["attention_mask"]
 
-def load_tokenizer(name: str):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")  # the end is kept
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
+def load(kind, name: str, dtype) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """A pretrained model and its tokenizer, which knows the largest length. Dropout is off: with it
+    π were not the probability of what was sampled. Raises ValueError where weights are missing, for
+    example a head: they would be random."""
+    model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if found["missing_keys"]:
+        missing = min(found["missing_keys"])
+        raise ValueError(f"{name} has no trained {missing}, which {kind.__name__} needs")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+    size = max(tokenizer.get_vocab().values()) + 1
+    known = model.get_input_embeddings().weight.shape[0]
+    if size > known:
+        raise ValueError(f"{name}: its tokenizer has {size} tokens, its embeddings have {known}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    for module_name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None) if "position" in module_name else None
+        if padding is not None:  # RoBERTa and its kind count positions from there
+            positions = module.num_embeddings - padding - 1
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return model.eval(), tokenizer
+
 
 class Judge:
-    """A sequence classifier's scores (batch,) of texts: the probability of class `label`, or its only output."""
+    """A sequence classifier that scores texts: the probability of a class, or its only output."""
 
-    def __init__(self, name: str, label: int | None, device: torch.device):
-        self.tokenizer, self.label = load_tokenizer(name), label
-        self.model = transformers.AutoModelForSequenceClassification.from_pretrained(name).to(device).float().eval()
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # GPT-2 finds the last token with it
-        positions = getattr(self.model.config, "max_position_embeddings", 10**9)
-        self.max_length = min(self.tokenizer.model_max_length, positions)
+    def __init__(self, name: str, args: Args, device: torch.device):
+        kind = transformers.AutoModelForSequenceClassification
+        self.model, self.tokenizer = load(kind, name, "auto")
+        self.model.to(device)
+        self.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        self.tokenizer.padding_side = "right"  # on the left GPT-2's positions shift
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.label = args.reward_label
+        self.batch_size = args.micro_batch_size
+        classes = self.model.config.id2label
+        if len(classes) > 1 and self.label not in classes:
+            raise ValueError(f"{name} has the classes {classes}: choose one by --reward-label")
+        print(f"{name}: class {self.label} of {classes}" if len(classes) > 1 else name)
 
     @torch.no_grad()
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        tokens, mask = encode(self.tokenizer, texts, "right", self.max_length)  # on the left GPT-2's positions shift
-        logits = self.model(tokens.to(self.model.device), attention_mask=mask.to(self.model.device)).logits.float()
-        return (logits[:, 0] if logits.shape[1] == 1 else logits.softmax(1)[:, self.label]).numpy(force=True)
+    def __call__(self, texts: list[str], *_) -> torch.Tensor:
+        scores = []
+        for first in range(0, len(texts), self.batch_size):
+            part = texts[first : first + self.batch_size]
+            batch = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            with torch.autocast(self.model.device.type, enabled=False):
+                logits = self.model(**batch.to(self.model.device)).logits.float()
+            scores.append(logits if logits.shape[1] == 1 else logits.softmax(1)[:, [self.label]])
+        return torch.cat(scores).squeeze(1)
+
 
 class LanguageAgent(nn.Module):
-    """Policy and value, two networks, and the reference, all from the same pretrained one. `tokens`, `attention`:
-    (batch, P + T), prompts padded on the left, then responses; attention is 0 for padding. Dropout never acts: with it,
-    π were not the probability of what was sampled."""
+    """Policy and value, two networks, and the reference, which is the policy before training.
+    `tokens` and `attention` are (batch, P + T): prompts, padded on the left, then responses of T
+    tokens; attention is 0 for padding."""
 
-    def __init__(self, args: Args, tokenizer):
+    def __init__(self, args: Args):
         super().__init__()
-        self.temperature, self.response_length = args.temperature, args.response_length
         dtype = torch.bfloat16 if args.bf16 and args.lora_rank else torch.float32
-        self.policy = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-        self.policy.generation_config = transformers.GenerationConfig(
-            do_sample=True, temperature=args.temperature, top_k=args.top_k, max_new_tokens=args.response_length,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-        self.value = transformers.AutoModel.from_pretrained(args.model, dtype=dtype)
-        self.value_head = nn.Linear(self.value.config.hidden_size, 1)
-        if args.lora_rank:  # not two adapters on one network: peft trains only the active one
-            lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
-            self.policy = peft.get_peft_model(self.policy, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
-            self.value = peft.get_peft_model(self.value, peft.LoraConfig(task_type="FEATURE_EXTRACTION", **lora))
-        self.reference = None if args.lora_rank else copy.deepcopy(self.policy).requires_grad_(False)
+        self.value, _ = load(transformers.AutoModel, args.model, dtype)
+        self.policy, self.tokenizer = load(transformers.AutoModelForCausalLM, args.model, dtype)
+        length = self.tokenizer.model_max_length
+        if args.prompt_length + args.response_length > length:
+            raise ValueError(f"prompt_length and response_length: {args.model} has {length} tokens")
+        self.tokenizer.model_max_length = args.prompt_length
+        alike = torch.tensor([[0, 1, 2], [0, 1, 0]])  # but for the last token
+        for network in (self.policy, self.value):
+            output = network(alike)[0][:, :2].detach().float()
+            if not torch.allclose(output[0], output[1], rtol=1e-3, atol=1e-3):
+                raise ValueError(f"{args.model} reads ahead: it is no causal language model")
+        self.value_head = nn.Linear(output.shape[-1], 1)
+
+        self.loaded_settings = self.policy.generation_config
+        ends = self.loaded_settings.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        self.ends = sorted(ends - {None})
+        self.padding = self.ends[0] if self.ends else 0  # masks say what is padding
+        self.appends_end = self.tokenizer("a")["input_ids"][-1] in self.ends
+        self.temperature = args.temperature
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
+        sampling |= {"eos_token_id": self.ends or None, "pad_token_id": self.padding}
+        sampling = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
+        self.policy.generation_config = sampling
+
+        self.reference = None if args.lora_rank else copy.deepcopy(self.policy)
+        if args.lora_rank:  # two models: of two adapters on one, peft trains only the active one
+            has_default = self.policy.config.model_type in LORA_TARGETS
+            lora = {"target_modules": None if has_default else "all-linear"}
+            lora |= {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+            self.policy = peft.get_peft_model(self.policy, peft.LoraConfig(**lora))
+            self.value = peft.get_peft_model(self.value, peft.LoraConfig(**lora))
+        else:
+            self.reference.requires_grad_(False)
         self.eval()
 
-    def inputs(self, tokens: torch.Tensor, attention: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Positions count from the first token that is no padding, as in `generate`; by itself GPT-2 counts padding."""
+    def run(self, network, tokens, attention, **options):
+        """Positions count from the first token that is no padding; GPT-2 would count padding."""
         positions = (attention.cumsum(1) - 1).clamp(min=0)
-        return {"input_ids": tokens, "attention_mask": attention, "position_ids": positions, "use_cache": False}
+        inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
+        return network(**inputs, use_cache=False, **options)
 
-    def logprobs(self, tokens: torch.Tensor, attention: torch.Tensor, network: nn.Module | None = None) -> torch.Tensor:
+    def logprobs(self, tokens, attention, T: int, network=None) -> torch.Tensor:
         """Log-probabilities (batch, T) of the responses' tokens."""
-        T, network = self.response_length, network or self.policy
-        logits = network(**self.inputs(tokens, attention), logits_to_keep=T + 1).logits[:, :-1]
-        logits = logits.float() / self.temperature
+        output = self.run(network or self.policy, tokens, attention, logits_to_keep=T + 1)
+        logits = output.logits[:, :-1].float() / self.temperature
         return logits.gather(2, tokens[:, -T:, None]).squeeze(2) - logits.logsumexp(2)
 
-    def reference_logprobs(self, tokens: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    def reference_logprobs(self, tokens, attention, T: int) -> torch.Tensor:
         with contextlib.nullcontext() if self.reference else self.policy.disable_adapter():
-            return self.logprobs(tokens, attention, self.reference)
+            return self.logprobs(tokens, attention, T, self.reference)
 
-    def values(self, tokens: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    def values(self, tokens, attention, T: int) -> torch.Tensor:
         """Values (batch, T) of the texts before each of the responses' tokens."""
-        hidden = self.value(**self.inputs(tokens, attention)).last_hidden_state[:, -self.response_length - 1 : -1]
+        hidden = self.run(self.value, tokens, attention).last_hidden_state[:, -T - 1 : -1]
         return self.value_head(hidden.float()).squeeze(2).float()
 
-def symmetric_ppo_loss(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, importance_weighted=True):
-    """The symmetric PPO loss α · forward + β · reverse, as above, and its two terms, each the mean over the batch. Not
-    `importance_weighted`: reverse = −m · A · Z · (1/D) · Σ_d (1 − π_d), plain reverse cross-entropy.
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: x for name, x in self.named_parameters() if x.requires_grad}
 
-    `logprob`, `old_logprob`: (batch, D), log-probabilities of the action taken, a column per action dimension; r, π
-    and π_old are joint, the product over dimensions. `advantage`: (batch,). Source: the paper's SPPO loss; the mask m
-    and the division by π_old are in the released code. The plain form over several dimensions is ours."""
-    joint_logprob, old_joint_logprob = logprob.sum(1), old_logprob.sum(1)
-    ratio = (joint_logprob - old_joint_logprob).exp()
-    objective, clipped_objective = ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
-    forward_loss = -torch.min(objective, clipped_objective).mean()
-    mask = objective <= clipped_objective  # where the minimum is the unclipped one, which has a gradient
-    if importance_weighted:
-        # (1 − π) / π_old = 1 / π_old − r. The first part has no gradient; capped, it does not overflow float32.
-        reverse_weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio
-    else:
-        reverse_weight = (1 - logprob.exp()).mean(1)
-    reverse_loss = -(mask * advantage * Z * reverse_weight).mean()
-    return alpha * forward_loss + beta * reverse_loss, forward_loss, reverse_loss
+    def load_trained(self, saved: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError where what was saved is not what is to be trained."""
+        shapes = [{name: x.shape for name, x in y.items()} for y in (saved, self.trained())]
+        if shapes[0] != shapes[1]:
+            raise ValueError("the checkpoint has other weights than this model and lora_rank")
+        self.load_state_dict(saved, strict=False)  # what is frozen was loaded
 
-def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
-    """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
-    `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
-    step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward."""
-    following_values = np.concatenate((values[1:], next_value[np.newaxis]))
-    advantages = rewards + gamma * following_values * ~dones - values  # δ_t, to which the loop adds γλ A_{t+1}
-    decay = np.where(dones, 0, gamma * gae_lambda).astype(values.dtype)
-    for t in reversed(range(len(rewards) - 1)):
-        advantages[t] += decay[t] * advantages[t + 1]
+
+def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper; for m
+    and the division by π_old the released code. The plain form, without it, is ours."""
+    ratio = (logprob - old_logprob).exp()
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
+    forward_loss = -torch.min(unclipped, clipped).mean()
+
+    mask = unclipped <= clipped  # where the minimum has a gradient
+    weight = 1 - logprob.exp()
+    if args.importance_weighted_reverse:
+        weight = weight / old_logprob.exp()
+    reverse_loss = -(mask * advantage * args.Z * weight).mean()
+    return args.alpha * forward_loss + args.beta * reverse_loss, forward_loss, reverse_loss
+
+
+def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float):
+    """Generalised advantage estimation (Schulman et al., 2016): A_t = δ_t + γλ A_{t+1} with
+    δ_t = r_t + γ V_{t+1} - V_t. Where an episode ended with step t (`dones`), nothing is carried
+    over. `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,)."""
+    advantages = 0 * rewards
+    next_advantage = 0 * next_value
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_value * ~dones[t] - values[t]
+        advantages[t] = delta + gamma * gae_lambda * next_advantage * ~dones[t]
+        next_value, next_advantage = values[t], advantages[t]
     return advantages
 
-def normalize(advantages: torch.Tensor) -> torch.Tensor:
-    """Advantages (…, samples) with mean 0 and standard deviation 1 in each row."""
-    return (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
 
-def add_noise(reward: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray:
-    """Adds Gaussian noise with mean 0 and this standard deviation to (normalised) rewards."""
-    return reward + std * rng.standard_normal(reward.shape, dtype=reward.dtype)
+def normalize(advantage: torch.Tensor) -> torch.Tensor:
+    """Advantages (batch,) with mean 0 and standard deviation 1."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
-def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
-    """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
-    return advantage * torch.from_numpy(np.where(rng.random(len(advantage)) < probability, -1, 1)).to(advantage)
+
+def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
+    """Each advantage changes its sign with `probability` (`adv_flip` in the released code)."""
+    return torch.where(torch.rand_like(advantage) < probability, -advantage, advantage)
+
+
+def encode_prompts(agent: LanguageAgent, prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and attention (batch, P), padded on the left; of long prompts the end is kept."""
+    rows = []
+    for prompt in prompts:
+        is_text = isinstance(prompt, str)
+        if not is_text:
+            template = {"tokenize": False, "add_generation_prompt": True}
+            prompt = agent.tokenizer.apply_chat_template(prompt, **template)
+        row = agent.tokenizer(prompt, add_special_tokens=is_text, truncation=True)["input_ids"]
+        rows.append(torch.tensor(row[:-1] if is_text and agent.appends_end else row))
+    masks = [torch.ones_like(row) for row in rows]
+    pad = nn.utils.rnn.pad_sequence
+    return pad(rows, True, agent.padding, "left"), pad(masks, True, 0, "left")
+
 
 @torch.no_grad()
-def collect_responses(agent: LanguageAgent, tokenizer, judge: Judge, prompts, args: Args, seed: int) -> Rollout:
-    """Samples responses. Of shape (batch, T): `mask`, true up to and including a response's first end of text; `last`,
-    for its last token only; `logprobs`, log π_old; `ref_logprobs`, log π_ref; `values`. `texts` include the prompts."""
-    torch.manual_seed(seed)
-    device, T = next(agent.parameters()).device, args.response_length
-    prompt, prompt_mask = (x.to(device) for x in encode(tokenizer, prompts, "left", args.prompt_length))
-    response = agent.policy.generate(input_ids=prompt, attention_mask=prompt_mask)[:, prompt.shape[1] :]
-    response = nn.functional.pad(response, (0, T - response.shape[1]), value=tokenizer.eos_token_id)
-    ends = response == tokenizer.eos_token_id  # not the padding token, which can be sampled before the end
-    mask = ends.cumsum(1) - ends.long() == 0  # no end before this token
-    tokens, attention = torch.cat((prompt, response), 1), torch.cat((prompt_mask, mask.long()), 1)
-    texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(tokens, attention.bool())]
-    parts = list(zip(tokens.split(args.micro_batch_size), attention.split(args.micro_batch_size)))
-    networks = (agent.logprobs, agent.reference_logprobs, agent.values)
-    evaluated = [torch.cat([network(*part) for part in parts]) for network in networks]
-    last = nn.functional.one_hot(mask.sum(1) - 1, T).bool()
-    return Rollout(tokens, attention, mask, last, (ends & mask).any(1), texts, judge(texts), *evaluated)
+def collect_responses(agent: LanguageAgent, reward, prompts, args: Args) -> Rollout:
+    """Samples responses of at most T tokens. `ended`, `scores` are of shape (batch,), what is of
+    tokens (batch, T), where `mask` is true up to and including the first end."""
+    T = args.response_length
+    device = agent.value_head.weight.device
+    encoded = encode_prompts(agent, prompts)
+    parts = []
+    for prompt, prompt_mask in zip(*(x.to(device).split(args.micro_batch_size) for x in encoded)):
+        tokens = agent.policy.generate(input_ids=prompt, attention_mask=prompt_mask)
+        missing = prompt.shape[1] + T - tokens.shape[1]
+        tokens = nn.functional.pad(tokens, (0, missing), value=agent.padding)
+        ends = torch.isin(tokens[:, -T:], torch.tensor(agent.ends, device=device))
+        mask = ends.cumsum(1) - ends.long() == 0  # no end before this token
+        inputs = (tokens, torch.cat((prompt_mask, mask.long()), 1), T)
+        networks = (agent.logprobs, agent.reference_logprobs, agent.values)
+        computed = [network(*inputs) for network in networks]
+        parts.append((*inputs[:2], mask, (ends & mask).any(1), *computed))
+    tokens, attention, mask, *rest = (torch.cat(x) for x in zip(*parts))
+
+    rows = [row[keep] for row, keep in zip(tokens, attention.bool())]
+    texts = agent.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    rows = [row[keep] for row, keep in zip(tokens[:, -T:], mask)]
+    responses = agent.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    scores = torch.as_tensor(reward(texts, prompts, responses), dtype=torch.float32, device=device)
+    if scores.shape != (len(texts),) or not scores.isfinite().all():
+        raise ValueError(f"the reward is not one finite number for each of {len(texts)} texts")
+    return Rollout(tokens, attention, mask, *rest, texts, responses, scores)
+
 
 def describe(rollout: Rollout) -> dict[str, float]:
     """Means over responses, or over tokens (perplexity, entropy), without padding."""
-    mask, batch_size = rollout.mask, len(rollout.mask)
-    logprobs, ref_logprobs = rollout.logprobs[mask], rollout.ref_logprobs[mask]
-    logratio = logprobs - ref_logprobs
-    responses = [row[keep].tolist() for row, keep in zip(rollout.tokens[:, -mask.shape[1] :], mask)]
+    mask = rollout.mask
+    batch_size, T = mask.shape
+    ref_logprobs = rollout.ref_logprobs[mask]
+    logratio = rollout.logprobs[mask] - ref_logprobs
+    responses = [row[keep].tolist() for row, keep in zip(rollout.tokens[:, -T:], mask)]
     pairs = [pair for response in responses for pair in itertools.pairwise(response)]
+    k3 = (-logratio).exp() - 1 + logratio  # never negative (Schulman, 2020)
     return {
         "score": rollout.scores.mean().item(),
         "kl": logratio.sum().item() / batch_size,  # k1, of whole responses
-        "kl_k3": ((-logratio).exp() - 1 + logratio).sum().item() / batch_size,  # never negative (Schulman, 2020)
+        "kl_k3": k3.sum().item() / batch_size,
         "reference_perplexity": (-ref_logprobs.mean()).exp().item(),
-        "entropy": -logprobs.mean().item(),  # estimated by the tokens that were sampled
-        "distinct_2": len(set(pairs)) / max(len(pairs), 1),  # different pairs of neighbours, of all
+        "entropy": -rollout.logprobs[mask].mean().item(),  # by the tokens that were sampled
+        "distinct_2": len(set(pairs)) / max(len(pairs), 1),  # different neighbours, of all
         "response_length": mask.sum().item() / batch_size,
-        "ended": rollout.ended.float().mean().item(),  # share of responses with an end of text
+        "ended": rollout.ended.float().mean().item(),  # share of responses that end
     }
 
-def token_rewards(rollout: Rollout, scores: np.ndarray, kl_coef: float) -> np.ndarray:
-    """Rewards (T, batch): minus the KL penalty of each token, plus the score on the response's last."""
-    penalties = kl_coef * (rollout.logprobs - rollout.ref_logprobs)
-    return rollout.last.T.numpy(force=True) * scores - penalties.T.numpy(force=True)
 
-def with_targets(rollout: Rollout, tokenizer, targets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`tokens`, `attention` and `mask` of a rollout if the responses were targets, ended."""
-    T, texts = rollout.mask.shape[1], [target + tokenizer.eos_token for target in targets]
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-    padded = (nn.functional.pad(batch[key], (0, T))[:, :T] for key in ("input_ids", "attention_mask"))
-    target, mask = (x.to(rollout.mask.device) for x in padded)
-    tokens, attention = rollout.tokens[:, :-T], rollout.attention[:, :-T]
-    return torch.cat((tokens, target), 1), torch.cat((attention, mask), 1), mask.bool()
+def token_advantages(rollout: Rollout, scores: torch.Tensor, args: Args) -> torch.Tensor:
+    """Advantages (batch, T). The rewards of tokens are minus their KL penalty; the last one of a
+    response also has its score (batch,)."""
+    last = nn.functional.one_hot(rollout.mask.sum(1) - 1, rollout.mask.shape[1]).bool()
+    penalty = args.kl_coef * (rollout.logprobs - rollout.ref_logprobs)
+    rewards = last * scores[:, None] - penalty
+    context = (rollout.values.T, last.T, torch.zeros_like(scores))
+    return gae(rewards.T, *context, args.gamma, args.gae_lambda).T
 
-def losses_of(agent, tokens, attention, mask, old_logprob, advantage, returns, *target, args: Args):
-    """The loss of some responses, means over their tokens without padding, and what is logged of it."""
-    logprob, old_logprob = agent.logprobs(tokens, attention)[mask], old_logprob[mask]
-    weighting = (args.alpha, args.beta, args.Z, args.clip_coef, args.importance_weighted_reverse)
-    losses = symmetric_ppo_loss(logprob[:, None], old_logprob[:, None], advantage[mask], *weighting)
-    value_loss = nn.functional.mse_loss(agent.values(tokens, attention)[mask], returns[mask])
-    target_loss = -agent.logprobs(*target[:2])[target[2]].mean() if target else torch.zeros_like(value_loss)
-    ratio = (logratio := logprob - old_logprob).exp()
-    clipped = ((ratio - 1).abs() > args.clip_coef).float()
-    logged = (*losses, value_loss, target_loss, -logratio.mean(), (ratio - 1 - logratio).mean(), clipped.mean())
-    return losses[0] + args.vf_coef * value_loss + args.target_coef * target_loss, torch.stack(logged).detach()
 
-def update(agent: LanguageAgent, optimizer, batch, args: Args, rng: np.random.Generator) -> dict[str, float]:
-    """Steps on the loss of a batch: tokens, attention, mask, log π_old, advantages, returns, perhaps targets; means."""
-    parameters, losses = optimizer.param_groups[0]["params"], []
+def minibatch_loss(agent: LanguageAgent, part: tuple, args: Args) -> tuple[torch.Tensor, dict]:
+    """The loss of some responses, a mean over their tokens, and what is logged of it."""
+    tokens, attention, mask, *rest = part
+    old_logprob, advantage, returns = (x[mask] for x in rest)
+    used = attention.any(0)  # columns that are not padding in all rows
+    mask = mask[:, mask.any(0)]
+    inputs = (tokens[:, used], attention[:, used], mask.shape[1])
+    logprob = agent.logprobs(*inputs)[mask]
+    value = agent.values(*inputs)[mask]
+    loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, args.clip_coef, args)
+    policy_loss, forward_loss, reverse_loss = loss_terms
+    value_loss = nn.functional.mse_loss(value, returns)
+
+    logratio = (logprob - old_logprob).detach()
+    ratio = logratio.exp()
+    return policy_loss + args.vf_coef * value_loss, {
+        "losses/policy_loss": policy_loss,
+        "losses/forward_loss": forward_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/approx_kl": (ratio - 1 - logratio).mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+    }
+
+
+def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[str, float]:
+    """Learns from a batch (tokens, attention, mask, log π_old, A, returns). Returns what is logged,
+    means over minibatches."""
+    logs = defaultdict(float)
+    lengths = batch[1].sum(1).cpu()
     for _ in range(args.update_epochs):
-        for rows in torch.from_numpy(rng.permutation(args.batch_size)).chunk(args.num_minibatches):
-            tokens, attention, mask, old_logprob, advantage, *rest = (x[rows.to(x.device)] for x in batch)
-            noisy = flip_signs(advantage[mask], args.advantage_noise, rng)
-            normalized = normalize(noisy) if args.norm_adv else noisy
-            minibatch = (tokens, attention, mask, old_logprob, advantage.masked_scatter(mask, normalized), *rest)
-            logged = 0
-            for part in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
-                share = part[2].sum() / mask.sum()  # of the minibatch's tokens: means of parts become its mean
-                loss, of_part = losses_of(agent, *part, args=args)
-                (share * loss).backward()
-                logged = logged + share * of_part
-            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
+        for rows in torch.randperm(len(lengths)).chunk(args.num_minibatches):
+            rows = rows[lengths[rows].argsort()]  # parts of like length have little padding
+            tokens, attention, mask, old_logprob, noisy, returns = (x[rows] for x in batch)
+            noisy_advantage = flip_signs(noisy[mask], args.advantage_noise)
+            advantage = normalize(noisy_advantage) if args.norm_adv else noisy_advantage
+            per_token = (old_logprob, noisy.masked_scatter(mask, advantage), returns)
+
             optimizer.zero_grad()
-            flipped = (normalized.sign() != noisy.sign()).float().mean()
-            losses.append(torch.cat((logged, torch.stack((norm, flipped)))))
-    return dict(zip(TAGS, torch.stack(losses).mean(0).tolist()))
+            minibatch = (tokens, attention, mask, *per_token)
+            for part in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
+                loss, logged = minibatch_loss(agent, part, args)
+                share = part[2].sum() / mask.sum()  # means of parts become the minibatch's mean
+                (share * loss).backward()
+                for tag, value in logged.items():
+                    logs[tag] += share * value.detach()
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
 
-class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
-    """Makes a function ignore exceptions: output that cannot be written, be it `| head` or an ASCII γ, ends no run."""
+            flipped = advantage.sign() != noisy_advantage.sign()
+            logs["advantage/sign_flips_normalization"] += flipped.float().mean()
+            logs["losses/grad_norm"] += grad_norm
+    steps = args.update_epochs * args.num_minibatches
+    return {tag: value.item() / steps for tag, value in logs.items()}
 
-def save(path: Path, **state) -> None:
-    """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
-    try:
-        with open(temporary := path.with_suffix(".tmp"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
-def read_flags() -> tuple[Args, dict]:
-    """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
-    only = make_dataclass("Only", [("preset", str | None, None)])  # first only this, on which the defaults depend
-    preset = tyro.cli(only, return_unknown_args=True, add_help=False)[0].preset
-    args = tyro.cli(Args, default=Args(**PRESETS.get(preset, {})))
-    saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True) if args.resume else {}
-    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})) if saved else args, saved
+def set_seeds(*names) -> None:
+    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    random.seed(" ".join(map(str, names)))
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(63))
 
-def main(args: Args, saved: dict | None = None) -> None:
-    saved, batch_size = saved or {}, args.batch_size
-    done, num_iterations = saved.get("iteration", 0), args.total_episodes // batch_size
-    device = args.cuda and torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
-    torch.manual_seed(args.seed)
-    tokenizer, pairs, score_stats = load_tokenizer(args.tokenizer or args.model), read_prompts(args), RunningMeanStd()
-    held_out, pairs = [prompt for prompt, _ in pairs[: args.eval_episodes]], pairs[args.eval_episodes :]
-    agent = LanguageAgent(args, tokenizer).to(device)
-    trained = {name: parameter for name, parameter in agent.named_parameters() if parameter.requires_grad}
-    judge = Judge(args.reward_model, args.reward_label, device)
-    gold = Judge(args.gold_model, args.reward_label, device) if args.gold_model else None
-    optimizer = torch.optim.Adam(trained.values(), lr=args.learning_rate, eps=1e-5, fused=True)
-    agent.load_state_dict(saved.get("agent", {}), strict=False)  # frozen weights are not saved, but read from --model
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved.get("optimizer", {})})  # its settings are flags
-    vars(score_stats).update({key: x.numpy() for key, x in saved.get("stats", {}).items()})
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)  # no stale weights
-    name = f"{Path(args.model).name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
-    if args.track:
-        import wandb
-        wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    stop, usual = [], {}  # the first signal ends the iteration and saves, a second acts as usual; 1: ignored (nohup)
-    for number in [s for s in signal.Signals if s.name[3:] in "INT TERM HUP USR1".split() and signal.getsignal(s) != 1]:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
-    print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    if args.top_k:
-        print("warning: with --top-k the policy that samples is not the one of the probabilities; KL can be negative")
-    progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
-                    unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
-    for iteration in progress:
-        step, last = iteration * batch_size, iteration == num_iterations
-        evaluation_due = last or 0 < args.eval_interval <= step and step % args.eval_interval < batch_size
-        checkpoint_due = 0 < args.checkpoint_interval <= step and step % args.checkpoint_interval < batch_size
-        if saving := evaluation_due or checkpoint_due or bool(stop):
-            writer.flush()  # a checkpoint's curves are on disk before it is
-            save(run / "checkpoint.pt", args=asdict(args), iteration=iteration, agent=trained,
-                 optimizer=optimizer.state_dict()["state"],
-                 stats={key: torch.tensor(x) for key, x in vars(score_stats).items()})  # fmt: skip
-        for part in (agent.policy, tokenizer) if last and not stop else ():
-            part.save_pretrained(run / "model")
-        if (evaluation_due or iteration == 0) and not stop:
-            with precision:
-                rollout = collect_responses(agent, tokenizer, judge, held_out, args, args.seed)
-            measured = describe(rollout) | ({"gold_score": gold(rollout.texts).mean()} if gold else {})
-            for tag, value in measured.items():  # at step + 1: a resumed run evaluates again and drops this
-                writer.add_scalar(f"eval/{tag}", value, step + 1)
-            writer.add_text("eval/samples", "\n\n".join(f"    {text!r}" for text in rollout.texts[:8]), step + 1)
-            score = f"{measured.pop('score'):.3f} ± {rollout.scores.std():.3f} ({len(held_out)} responses)"
-            tqdm.write(f"score at {step} steps: {score} " + " ".join(f"{tag} {x:.3f}" for tag, x in measured.items()))
-        if last or saving and stop:
-            break
-        start_time = time.time()
-        # Random streams follow from seed, iteration and a number: a resumed run draws the same.
-        act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
-        prompts, targets = zip(*(pairs[i] for i in act_rng.choice(len(pairs), batch_size, replace=False)))
-        with precision:
-            rollout = collect_responses(agent, tokenizer, judge, prompts, args, int(act_rng.integers(2**31)))
-        for score in rollout.scores:
-            score_stats.update(score)
-        noisy_scores = add_noise(rollout.scores, float(args.reward_noise * score_stats.std), noise_rng)
-        mask, values = rollout.mask, rollout.values.T.numpy(force=True)
-        context = (values, rollout.last.T.numpy(force=True), np.zeros_like(values[0]), args.gamma, args.gae_lambda)
-        rewards = [token_rewards(rollout, scores, args.kl_coef) for scores in (noisy_scores, rollout.scores)]
-        advantages, clean_advantages = (torch.from_numpy(gae(x, *context).T).to(device) for x in rewards)
-        returns = advantages + rollout.values
-        batch = [rollout.tokens, rollout.attention, mask, rollout.logprobs, advantages, returns]
-        if args.target_coef:
-            batch.extend(with_targets(rollout, tokenizer, targets))
-        with precision:
-            stats = update(agent, optimizer, batch, args, minibatch_rng)
-        stats |= {f"objective/{tag}": value for tag, value in describe(rollout).items()}
-        share = 1 if args.importance_weighted_reverse else rollout.logprobs[mask].exp().mean().item()
-        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share  # mean factor on PPO's gradient
-        stats["losses/explained_variance"] = 1 - (advantages[mask].var() / (returns[mask].var() + 1e-8)).item()
-        flipped = advantages.sign() != clean_advantages.sign()
-        stats["advantage/sign_flips_noise"] = flipped[mask].float().mean().item()
-        stats["charts/SPS"] = batch_size / (time.time() - start_time)
-        if not np.isfinite([*stats.values()]).all():
-            raise FloatingPointError(f"not finite: {step=}, {rollout.scores.mean()=}, {stats}")
-        for tag, value in stats.items():
-            writer.add_scalar(tag, value, step + batch_size)
-        progress.set_postfix_str(f"score {stats['objective/score']:.3f}", refresh=False)
-    writer.close()
-    for number, handler in usual.items():
-        signal.signal(number, handler)
-    if stop:
-        print(f'stopped; to go on: python "{sys.argv[0]}" --resume "{run}"')
-        sys.exit(128 + stop[0])
 
-if __name__ == "__main__":
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace", line_buffering=True)
-        stream.write, stream.flush = (Forgiving(OSError, ValueError)(f) for f in (stream.write, stream.flush))
+def save_checkpoint(path: Path, **state) -> None:
+    """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_model(folder: Path, agent: LanguageAgent, args: Args) -> None:
+    """The policy as the model that it was: no adapters, its own generation settings, tokenizer."""
+    model = copy.deepcopy(agent.policy).merge_and_unload() if args.lora_rank else agent.policy
+    sampling = model.generation_config
+    model.generation_config = agent.loaded_settings
+    model.save_pretrained(folder)
+    model.generation_config = sampling
+    transformers.AutoTokenizer.from_pretrained(args.model).save_pretrained(folder)
+
+
+def read_flags() -> tuple[Args, dict | None]:
+    """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
+    args = tyro.cli(Args)
+    checkpoint = None
+    with refusing():
+        if args.resume:
+            path = Path(args.resume, "checkpoint.pt")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            saved_args = Args(**checkpoint["args"] | {"resume": args.resume})
+            args = tyro.cli(Args, default=saved_args)
+        validate(args)
+    return args, checkpoint
+
+
+def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
+    """The run's folder, and TensorBoard's writer in it."""
+    name = f"{Path(args.model).name}__{Path(__file__).stem}__{args.seed}"
+    run = Path(args.resume or f"runs/{name}__{int(time.time() * 1000)}_{os.getpid()}")
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
+    print(run)
+    return run, writer
+
+
+def evaluate(agent, reward, gold, prompts, args: Args, writer: SummaryWriter, step: int) -> None:
+    """Logs at step + 1: a resumed run evaluates again, with the same seed, and drops this."""
+    set_seeds(args.seed, "evaluation")
+    rollout = collect_responses(agent, reward, prompts, args)
+    measured = describe(rollout)
+    if gold:
+        measured["gold_score"] = gold(rollout.texts).mean().item()
+    for tag, value in measured.items():
+        writer.add_scalar(f"eval/{tag}", value, step + 1)
+    samples = "\n\n".join(f"    {text!r}" for text in rollout.texts[:8])
+    writer.add_text("eval/samples", samples, step + 1)
+    tqdm.write("\n".join(f"    {text!a}" for text in rollout.texts[:2]))
+    others = " ".join(f"{tag} {value:.3f}" for tag, value in measured.items())
+    tqdm.write(f"score at {step} steps: {measured['score']:.3f} ({others})")
+
+
+def main(args: Args, checkpoint: dict | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        args, saved = read_flags()
-        validate(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{Path(__file__).name}: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-    main(args, saved)
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    batch_size = args.batch_size
+    num_iterations = args.total_episodes // batch_size
+    done = checkpoint["iteration"] if checkpoint else 0
+
+    set_seeds(args.seed, "start")
+    with refusing():
+        prompts = read_prompts(args)
+        held_out = prompts[: args.eval_episodes]
+        agent = LanguageAgent(args).to(device)
+        encode_prompts(agent, held_out)
+        if args.reward:
+            path, _, name = args.reward.rpartition(":")
+            reward = runpy.run_path(path)[name]
+        else:
+            reward = Judge(args.reward_model, args, device)
+        gold = Judge(args.gold_model, args, device) if args.gold_model else None
+        trained = agent.trained()
+        optimizer = torch.optim.Adam(trained.values(), args.learning_rate, eps=1e-5, fused=True)
+        if checkpoint:
+            agent.load_trained(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.param_groups[0]["lr"] = args.learning_rate
+    run, writer = start_logging(args, first_step=done * batch_size + 1)
+    precision = torch.autocast(device.type, torch.bfloat16, args.bf16, cache_enabled=False)
+
+    for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
+        step = iteration * batch_size
+        last = iteration == num_iterations
+        evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
+        if evaluating or step % args.checkpoint_interval < batch_size:
+            writer.flush()
+            state = {"args": asdict(args), "iteration": iteration, "agent": trained}
+            save_checkpoint(run / "checkpoint.pt", **state, optimizer=optimizer.state_dict())
+            save_model(run / "model", agent, args)
+        if evaluating or iteration == 0:
+            with precision:
+                evaluate(agent, reward, gold, held_out, args, writer, step)
+        if last:
+            break
+
+        start_time = time.time()
+        set_seeds(args.seed, "iteration", iteration)
+        with precision:
+            sample = random.sample(prompts[args.eval_episodes :], batch_size)
+            rollout = collect_responses(agent, reward, sample, args)
+
+        noise = args.reward_noise * rollout.scores.std() * torch.randn_like(rollout.scores)
+        scores = rollout.scores + noise - args.missing_end_penalty * ~rollout.ended
+        advantages = token_advantages(rollout, scores, args)
+        returns = advantages + rollout.values
+
+        mask, logprobs = rollout.mask, rollout.logprobs
+        batch = (rollout.tokens, rollout.attention, mask, logprobs, advantages, returns)
+        with precision:
+            stats = update(agent, optimizer, batch, args)
+
+        stats |= {f"objective/{tag}": value for tag, value in describe(rollout).items()}
+        share = 1.0 if args.importance_weighted_reverse else logprobs[mask].exp().mean().item()
+        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share
+        stats["charts/SPS"] = batch_size / (time.time() - start_time)
+        if not np.isfinite(list(stats.values())).all():
+            raise FloatingPointError(f"not finite at step {step}: {stats}")
+        for tag, value in stats.items():
+            writer.add_scalar(tag, value, step + batch_size)
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(*read_flags())
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "transformers==5.24.0", "peft==0.21.2", "tyro==1.0.17",
-#   "tensorboard==2.21.0", "tqdm==4.70.1"]
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "transformers==5.24.0", "peft==0.21.2",
+#   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
