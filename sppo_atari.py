@@ -7,16 +7,16 @@
                                                 m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-With α = 1 and β = 0 this is PPO. The gradient of `reverse` is |Z| times the gradient of `forward`.
-So SPPO is PPO whose policy loss is multiplied by α + β|Z|: `--alpha 1.5 --beta 0` trains the same
-as the defaults, but for rounding. Without the division by π_old the two terms really differ.
+α = 1 and β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`, so SPPO is PPO
+whose policy loss is multiplied by α + β|Z|: `--alpha 1.5 --beta 0` trains the same as the defaults,
+but for rounding. Without the division by π_old the two terms really differ.
 
 One iteration:
     1. play `num_envs` games for `num_steps` steps                  collect
     2. add noise, compute advantages A and returns A + V            flip_rewards, gae
     3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
-Left out: a clipped value loss, as in the released code; values of games that are cut off after
+Left out: a clipped value loss, as in the released code; the value of games that are cut off after
 half an hour, which count as over; games in a checkpoint, since ale-py cannot save them.
 
     python sppo_atari.py --env-id ALE/Breakout-v5 --reward-noise 0.1
@@ -196,16 +196,13 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     return args.alpha * forward_loss + args.beta * reverse_loss, forward_loss, reverse_loss
 
 
-def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float):
+def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     """Generalised advantage estimation (Schulman et al., 2016): A_t = δ_t + γλ A_{t+1} with
-    δ_t = r_t + γ V_{t+1} - V_t. Where an episode ended with step t (`dones`), nothing is carried
-    over. `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,)."""
-    advantages = 0 * rewards
-    next_advantage = 0 * next_value
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_value * ~dones[t] - values[t]
-        advantages[t] = delta + gamma * gae_lambda * next_advantage * ~dones[t]
-        next_value, next_advantage = values[t], advantages[t]
+    δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
+    No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
+    advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
 
@@ -244,9 +241,9 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
         rollout["rewards"].append(torch.from_numpy(reward).to(device))
         rollout["dones"].append(torch.from_numpy(done).to(device))
         finished += [(t, games.score[i], games.length[i]) for i in np.flatnonzero(games.over)]
-    rollout = {name: torch.stack(steps) for name, steps in rollout.items()}
-    rollout["next_value"] = agent(torch.from_numpy(games.obs).to(device))[1]
-    return rollout, finished
+    _, next_value = agent(torch.from_numpy(games.obs).to(device))
+    rollout["next_values"] = [*rollout["values"][1:], next_value]
+    return {name: torch.stack(steps) for name, steps in rollout.items()}, finished
 
 
 def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip_coef, args: Args):
@@ -281,7 +278,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
 
 def update(agent, optimizer, batch, clip_coef, args: Args, minibatch_loss=minibatch_loss) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
-    logs = defaultdict(list)
+    history = []
     for _ in range(args.update_epochs):
         inds = torch.randperm(len(batch[0]))
         for minibatch in zip(*(x[inds].chunk(args.num_minibatches) for x in batch)):
@@ -294,11 +291,8 @@ def update(agent, optimizer, batch, clip_coef, args: Args, minibatch_loss=miniba
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-
-            logged["losses/grad_norm"] = grad_norm
-            for tag, value in logged.items():
-                logs[tag].append(value)
-    return {tag: torch.stack(values).mean().item() for tag, values in logs.items()}
+            history.append(logged | {"losses/grad_norm": grad_norm})
+    return {tag: torch.stack([x[tag] for x in history]).mean().item() for tag in history[0]}
 
 
 @torch.no_grad()
@@ -354,7 +348,6 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
     game = args.env_id.replace("/", "-").replace(":", "-")
     name = f"{game}__{Path(__file__).stem}__{args.seed}__{int(time.time() * 1000)}"
     run = Path(args.resume or f"runs/{name}")
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
 
@@ -389,7 +382,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     agent = AtariAgent(len(games.actions)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
-    parts = {"agent": agent, "optimizer": optimizer}
+    parts = dict(agent=agent, optimizer=optimizer)
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -419,20 +412,21 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             rollout, finished = collect(games, agent, args.num_steps, device)
 
         rewards = flip_rewards(rollout["rewards"], args.reward_noise)
-        context = (rollout["values"], rollout["dones"], rollout["next_value"])
-        advantages = gae(rewards, *context, args.gamma, args.gae_lambda)
-        returns = advantages + rollout["values"]
+        values, dones = rollout["values"], rollout["dones"]
+        next_values = rollout["next_values"] * ~dones
+        advantages = gae(rewards, values, next_values, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
         batch = [x[rollout["valid"]] for x in batch]  # of shape (samples, …)
-        stats = update(agent, optimizer, batch, clip_coef, args, loss_function)
+        logs = update(agent, optimizer, batch, clip_coef, args, loss_function)
 
-        stats["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
-        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        stats["charts/SPS"] = batch_size / (time.time() - start_time)
-        if not np.isfinite(list(stats.values())).all():
-            raise FloatingPointError(f"not finite at step {step}: {stats}")
-        for tag, value in stats.items():
+        logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
+        logs["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        logs["charts/SPS"] = batch_size / (time.time() - start_time)
+        if not np.isfinite(list(logs.values())).all():
+            raise FloatingPointError(f"not finite at step {step}: {logs}")
+        for tag, value in logs.items():
             writer.add_scalar(tag, value, step + batch_size)
         for t, score, length in finished:
             writer.add_scalar("charts/episodic_return", score, step + (t + 1) * args.num_envs)

@@ -8,13 +8,13 @@ action taken, the product over dimensions, π_old when it was taken, r = π / π
                                                 m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-With α = 1 and β = 0 this is PPO. The gradient of `reverse` is |Z| times the gradient of `forward`.
-So SPPO is PPO whose policy loss is multiplied by α + β|Z|: `--alpha 20.5 --beta 0` trains the same
-as the defaults, but for rounding. Without the division by π_old the two terms really differ.
+α = 1 and β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`, so SPPO is PPO
+whose policy loss is multiplied by α + β|Z|: `--alpha 20.5 --beta 0` trains the same as the
+defaults, but for rounding. Without the division by π_old the two terms really differ.
 
 One iteration:
-    1. act in `num_envs` environments for `num_steps` steps         collect
-    2. add noise, compute advantages A and returns A + V            add_noise, gae
+    1. act for `num_steps` steps                                    collect
+    2. add noise, compute advantages A and returns A + V            gae
     3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
     python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
@@ -48,18 +48,15 @@ class Args:
     env_id: str = "Hopper-v5"  # observations become flat; actions are `Discrete` or a bounded `Box`
     seed: int = 1  # seed of weights, environments, actions, minibatches and noise
     total_timesteps: int = 2_000_000  # environment steps
-    num_envs: int = 1  # environments stepped side by side
-    num_steps: int = 2048  # steps in each environment per iteration
+    num_steps: int = 2048  # steps per iteration
     num_bins: int = 11  # values per dimension of a `Box`, evenly spaced, ends included
     # PPO
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over each batch
     learning_rate: float = 3e-4  # step size of Adam
-    anneal_lr: bool = False  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # clip range
-    anneal_clip: bool = False  # lower the clip range linearly to 0
     norm_adv: bool = True  # normalise the advantages of each minibatch
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
@@ -79,110 +76,80 @@ class Args:
     resume: str | None = None  # go on with the run in this folder; typed flags replace its own
     capture_video: bool = False  # save a video of each evaluation's first episode
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
-    cuda: bool = True  # use a GPU if there is one
     compile: bool = False  # compile the loss: faster after half a minute
     torch_threads: int = 1  # CPU threads of torch; more only slow down networks as small as these
 
 
 def validate(args: Args) -> None:
     """Raises an error for flags that would quietly train something else."""
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches or batch_size > args.total_timesteps:
+    if args.num_steps % args.num_minibatches or args.num_steps > args.total_timesteps:
+        raise ValueError("--num-minibatches must divide --num-steps, --total-timesteps hold them")
+    if args.Z >= 0 or min(args.alpha, args.beta) < 0 or not 0 <= args.advantage_noise <= 1:
         raise ValueError(
-            f"--num-minibatches must divide, --total-timesteps hold {batch_size} steps"
+            "--Z must be negative, --alpha and --beta not, --advantage-noise in 0 to 1"
         )
-    if args.Z >= 0 or min(args.alpha, args.beta) < 0:
-        raise ValueError("--Z must be negative, --alpha and --beta must not")
-    if args.reward_noise < 0 or not 0 <= args.advantage_noise <= 1:
-        raise ValueError("--reward-noise must be at least 0, --advantage-noise in 0 to 1")
     space = make_env(args.env_id).action_space
-    bounded = isinstance(space, gym.spaces.Box) and space.is_bounded()
-    if not bounded and not isinstance(space, gym.spaces.Discrete):
-        raise ValueError(f"actions must be `Discrete` or a bounded `Box`, not {space}")
+    if isinstance(space, gym.spaces.Box) and not space.is_bounded():
+        raise ValueError(f"actions must have bounds: {space}")
 
 
 def make_env(env_id: str, **options) -> gym.Env:
-    """The environment, with observations that are vectors."""
-    env = gym.make(env_id, **options)
-    return (
-        env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
-    )
+    return gym.wrappers.FlattenObservation(gym.make(env_id, **options))
 
 
 class RunningMeanStd:
     """Mean and standard deviation of all samples so far (Welford, 1962)."""
 
-    def __init__(self, shape: tuple[int, ...] = ()):
+    def __init__(self):
         self.count = 0
-        self.mean = np.zeros(shape)
-        self.squares = np.zeros(shape)
+        self.mean = 0.0
+        self.squares = 0.0  # Σ (sample - mean)²
 
     def update(self, sample: np.ndarray) -> None:
         self.count += 1
         delta = sample - self.mean
         self.mean = self.mean + delta / self.count
-        self.squares = self.squares + delta * (sample - self.mean)  # Σ (sample - mean)²
+        self.squares = self.squares + delta * (sample - self.mean)
         self.std = np.sqrt(self.squares / self.count + 1e-8)
 
+    def state_dict(self) -> dict:
+        return {name: torch.tensor(x) for name, x in vars(self).items()}
 
-class Environments:
-    """Environments side by side, with running normalisation of observations and rewards. One that
-    ends starts anew within the same step. `obs` (num_envs, obs_dim) is what to act on next."""
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update({name: x.numpy() for name, x in state.items()})
 
-    def __init__(self, args: Args):
-        self.envs = [make_env(args.env_id) for _ in range(args.num_envs)]
-        self.action_space = self.envs[0].action_space
-        self.gamma = args.gamma
-        self.obs_stats = RunningMeanStd(self.envs[0].observation_space.shape)
-        self.return_stats = RunningMeanStd()
-        self.reset()
 
-    def reset(self) -> None:
-        seeds = np.random.randint(2**31, size=len(self.envs)).tolist()
-        first = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)]
-        self.obs = np.stack([self.normalize(obs, learn=True) for obs in first])
-        self.over = np.zeros(len(seeds), dtype=bool)  # episodes that ended with the last step
-        self.score = np.zeros(len(seeds))  # raw return of each episode so far, or all of it
-        self.length = np.zeros(len(seeds))  # in steps, likewise
-        self.discounted_return = np.zeros(len(seeds))
+class Environment:
+    """An environment with normalised observations and rewards. `obs` (obs_dim,) is what to act on
+    next; `score` and `length` are the raw return and the steps of the episode so far."""
 
-    def normalize(self, obs: np.ndarray, learn: bool = False) -> np.ndarray:
-        if learn:
-            self.obs_stats.update(obs)
+    def __init__(self, env: gym.Env, gamma: float):
+        self.env = env
+        self.gamma = gamma
+        self.obs_stats, self.return_stats = RunningMeanStd(), RunningMeanStd()
+
+    def normalize(self, obs: np.ndarray) -> np.ndarray:
         obs = (obs - self.obs_stats.mean) / self.obs_stats.std
         return obs.clip(-10, 10).astype(np.float32)
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Plays actions (num_envs, …). Returns normalised rewards; which episodes a time limit cut
-        off; and the last observations of those that ended."""
-        for total in (self.score, self.length, self.discounted_return):
-            total[self.over] = 0
-        reward = np.zeros(len(self.envs), np.float32)
-        cut_off = np.zeros(len(self.envs), dtype=bool)
-        last_obs = np.zeros_like(self.obs)
-        for i, env in enumerate(self.envs):
-            obs, raw_reward, terminated, truncated, _ = env.step(action[i])
-            self.score[i] += raw_reward
-            self.length[i] += 1
-            self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
-            self.return_stats.update(self.discounted_return[i])
-            reward[i] = raw_reward / self.return_stats.std
-            self.over[i] = terminated or truncated
-            cut_off[i] = truncated and not terminated
-            if self.over[i]:
-                last_obs[i] = self.normalize(obs)
-                obs, _ = env.reset()
-            self.obs[i] = self.normalize(obs, learn=True)
-        return reward.clip(-10, 10), cut_off, last_obs
+    def reset(self, seed: int | None = None) -> None:
+        obs, _ = self.env.reset(seed=seed)
+        self.obs_stats.update(obs)
+        self.obs = self.normalize(obs)
+        self.score, self.length = 0.0, 0
+        self.discounted_return = 0.0
 
-    def state_dict(self) -> dict:
-        stats = (self.obs_stats, self.return_stats)
-        return {"stats": [{k: torch.tensor(x) for k, x in vars(part).items()} for part in stats]}
-
-    def load_state_dict(self, state: dict) -> None:
-        for part, saved in zip((self.obs_stats, self.return_stats), state["stats"]):
-            vars(part).update({k: x.numpy() for k, x in saved.items()})
-        self.reset()
+    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """Returns the normalised reward, and whether the episode is terminated or truncated."""
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.score += reward
+        self.length += 1
+        self.discounted_return = self.gamma * self.discounted_return + reward
+        self.return_stats.update(self.discounted_return)
+        if not (terminated or truncated):  # a last observation is valued, but not acted on
+            self.obs_stats.update(obs)
+        self.obs = self.normalize(obs)
+        return reward / self.return_stats.std, terminated, truncated
 
 
 def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
@@ -211,20 +178,20 @@ class BinnedAgent(nn.Module):
     """Policy and value, two separate networks. The policy is a categorical distribution over bins
     for each of D action dimensions. A `Discrete` space is one dimension, its actions are bins."""
 
-    def __init__(self, obs_dim: int, space: gym.Space, num_bins: int):
+    def __init__(self, obs_space: gym.Space, space: gym.Space, num_bins: int):
         super().__init__()
         if isinstance(space, gym.spaces.Discrete):
             self.bins = space.start + np.arange(space.n)[np.newaxis]
         else:
             self.bins = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1)
         self.space = space
-        self.policy = mlp(obs_dim, self.bins.size, std=0.01)
-        self.value = mlp(obs_dim, 1, std=1.0)
+        self.policy = mlp(obs_space.shape[0], self.bins.size, std=0.01)
+        self.value = mlp(obs_space.shape[0], 1, std=1.0)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """What the environments get for bins (num_envs, D)."""
+        """What the environment gets for bins (D,)."""
         action = self.bins[np.arange(len(self.bins)), action]
-        return action.reshape(-1, *self.space.shape).astype(self.space.dtype)
+        return action.reshape(self.space.shape).astype(self.space.dtype)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
@@ -255,16 +222,13 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     return args.alpha * forward_loss + args.beta * reverse_loss, forward_loss, reverse_loss
 
 
-def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float):
+def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     """Generalised advantage estimation (Schulman et al., 2016): A_t = δ_t + γλ A_{t+1} with
-    δ_t = r_t + γ V_{t+1} - V_t. Where an episode ended with step t (`dones`), nothing is carried
-    over. `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,)."""
-    advantages = 0 * rewards
-    next_advantage = 0 * next_value
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_value * ~dones[t] - values[t]
-        advantages[t] = delta + gamma * gae_lambda * next_advantage * ~dones[t]
-        next_value, next_advantage = values[t], advantages[t]
+    δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
+    No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
+    advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
 
@@ -273,66 +237,55 @@ def normalize(advantage: torch.Tensor) -> torch.Tensor:
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
-def add_noise(reward: np.ndarray, std: float) -> np.ndarray:
-    """Adds Gaussian noise of this standard deviation to normalised rewards."""
-    return reward + std * np.random.standard_normal(reward.shape).astype(reward.dtype)
-
-
 def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
     """Each advantage changes its sign with `probability` (`adv_flip` in the released code)."""
     return torch.where(torch.rand_like(advantage) < probability, -advantage, advantage)
 
 
 @torch.no_grad()
-def collect(envs: Environments, agent: BinnedAgent, num_steps: int) -> tuple[dict, list]:
-    """Acts with the present policy. Returns arrays (num_steps, num_envs, …) of what happened, and
-    (step, return, length) of finished episodes."""
+def collect(env: Environment, agent: BinnedAgent, num_steps: int) -> tuple[dict, list]:
+    """Acts with π. Returns arrays (num_steps, …), and (step, return, length) of ended episodes."""
     policy = in_numpy(agent.policy)
-    value = in_numpy(agent.value)
-    shape = (num_steps, len(envs.envs))
-    gumbel = np.random.gumbel(size=(*shape, *agent.bins.shape)).astype(np.float32)
-    rollout = {
-        "obs": np.zeros((num_steps, *envs.obs.shape), np.float32),
-        "actions": np.zeros((*shape, len(agent.bins)), np.int64),
-        "rewards": np.zeros(shape, np.float32),
-        "bootstraps": np.zeros(shape, np.float32),
-        "dones": np.zeros(shape, bool),
-    }
+    gumbel = np.random.gumbel(size=(num_steps, agent.bins.size))
+    rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
-        logits = policy(envs.obs).reshape(gumbel[t].shape)
-        action = (logits + gumbel[t]).argmax(-1)  # a sample of the softmax
-        rollout["obs"][t] = envs.obs
-        rollout["actions"][t] = action
-        rollout["rewards"][t], cut_off, last_obs = envs.step(agent.to_env(action))
-        rollout["dones"][t] = envs.over
-        if cut_off.any():  # a time limit is no end: what would have followed is worth V
-            rollout["bootstraps"][t] = cut_off * value(last_obs)[:, 0]
-        finished += [(t, envs.score[i], envs.length[i]) for i in np.flatnonzero(envs.over)]
-    rollout["values"] = value(rollout["obs"])[:, :, 0]
-    rollout["next_value"] = value(envs.obs)[:, 0]
+        rollout["obs"].append(env.obs)
+        action = (policy(env.obs) + gumbel[t]).reshape(agent.bins.shape).argmax(1)  # a sample of π
+        reward, terminated, truncated = env.step(agent.to_env(action))
+        rollout["next_obs"].append(env.obs)
+        rollout["actions"].append(action)
+        rollout["rewards"].append(np.float32(reward))
+        rollout["terminated"].append(terminated)
+        rollout["dones"].append(terminated or truncated)
+        if terminated or truncated:
+            finished.append((t, env.score, env.length))
+            env.reset()
+    rollout = {name: np.array(steps) for name, steps in rollout.items()}
+    obs, next_obs = torch.from_numpy(rollout["obs"]), torch.from_numpy(rollout["next_obs"])
+    logprobs, _, values = agent(obs, torch.from_numpy(rollout["actions"]))
+    rollout["logprobs"], rollout["values"] = logprobs.numpy(), values.numpy()
+    rollout["next_values"] = agent.value(next_obs)[:, 0].numpy() * ~rollout["terminated"]
     return rollout, finished
 
 
-def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip_coef, args: Args):
+def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args: Args):
     """The loss, and what is logged of it. Shapes as for `symmetric_ppo_loss`."""
     advantage = normalize(raw_advantage) if args.norm_adv else raw_advantage
     logprob, entropy, value = agent(obs, action)
-    loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args)
+    loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, args.clip_coef, args)
     policy_loss, forward_loss, reverse_loss = loss_terms
     value_loss = nn.functional.mse_loss(value, returns)
-    entropy = entropy.mean()
-    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-
+    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
     ratio = (logprob - old_logprob).sum(1).exp()
     logged = {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
-        "losses/entropy": entropy,
+        "losses/entropy": entropy.mean(),
         "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),
-        "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
     if not args.importance_weighted_reverse:  # the mean factor on PPO's gradient, for a control
@@ -341,49 +294,41 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
     return loss, {tag: value.detach() for tag, value in logged.items()}
 
 
-def update(agent, optimizer, batch, clip_coef, args: Args, minibatch_loss=minibatch_loss) -> dict:
+def update(agent, optimizer, batch: tuple, args: Args, minibatch_loss=minibatch_loss) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
-    logs = defaultdict(list)
+    history = []
     for _ in range(args.update_epochs):
         inds = torch.randperm(len(batch[0]))
         for minibatch in zip(*(x[inds].chunk(args.num_minibatches) for x in batch)):
             obs, action, old_logprob, advantage, returns = minibatch
             advantage = flip_signs(advantage, args.advantage_noise)
-            loss, logged = minibatch_loss(
-                agent, obs, action, old_logprob, advantage, returns, clip_coef, args
-            )
+            loss, logged = minibatch_loss(agent, obs, action, old_logprob, advantage, returns, args)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-
-            logged["losses/grad_norm"] = grad_norm
-            for tag, value in logged.items():
-                logs[tag].append(value)
-    return {tag: torch.stack(values).mean().item() for tag, values in logs.items()}
+            history.append(logged | {"losses/grad_norm": grad_norm})
+    return {tag: torch.stack([x[tag] for x in history]).mean().item() for tag in history[0]}
 
 
 @torch.no_grad()
-def evaluate(agent: BinnedAgent, envs: Environments, args: Args, video: Path) -> np.ndarray:
-    """Raw returns (eval_episodes,) with the most probable actions, the statistics of `envs` as they
-    are, and the same seeds each time."""
+def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarray:
+    """Raw returns (eval_episodes,) with the most probable actions, the same seeds each time."""
     set_seeds(args.seed, "evaluation")
-    env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     policy = in_numpy(agent.policy)
     returns = np.zeros(args.eval_episodes)
     frames = []
-    for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=np.random.randint(2**31))
+    for episode, seed in enumerate(np.random.randint(2**31, size=len(returns)).tolist()):
+        obs, _ = env.reset(seed=seed)
         over = False
         while not over:
             if args.capture_video and episode == 0:
                 frames.append(env.render())
-            logits = policy(envs.normalize(obs)).reshape(1, *agent.bins.shape)
-            action = agent.to_env(logits.argmax(-1))
-            obs, reward, terminated, truncated, _ = env.step(action[0])
-            over = terminated or truncated
+            action = policy(normalize(obs)).reshape(agent.bins.shape).argmax(1)
+            obs, reward, terminated, truncated, _ = env.step(agent.to_env(action))
             returns[episode] += reward
-    env.close()
+            over = terminated or truncated
     if frames:
         imageio.mimsave(video, frames, fps=30)
     return returns
@@ -424,7 +369,6 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
     game = args.env_id.replace("/", "-").replace(":", "-")
     name = f"{game}__{Path(__file__).stem}__{args.seed}__{int(time.time() * 1000)}"
     run = Path(args.resume or f"runs/{name}")
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         import wandb
 
@@ -438,31 +382,30 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
+    num_iterations = args.total_timesteps // args.num_steps
     done = checkpoint["iteration"] if checkpoint else 0
 
     set_seeds(args.seed, "start", done)
-    envs = Environments(args)
-    agent = BinnedAgent(envs.obs.shape[1], envs.action_space, args.num_bins).to(device)
+    env = Environment(make_env(args.env_id), args.gamma)
+    agent = BinnedAgent(env.env.observation_space, env.env.action_space, args.num_bins)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
-    parts = {"agent": agent, "optimizer": optimizer, "envs": envs}
+    parts = dict(agent=agent, optimizer=optimizer, obs=env.obs_stats, returns=env.return_stats)
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    run, writer = start_logging(args, first_step=done * batch_size + 1)
+    env.reset(seed=np.random.randint(2**31))
+    run, writer = start_logging(args, first_step=done * args.num_steps + 1)
 
-    for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size
+    for iteration in tqdm(range(done, num_iterations + 1), unit_scale=args.num_steps):
+        step = iteration * args.num_steps
         last = iteration == num_iterations
-        evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
-        if evaluating or step % args.checkpoint_interval < batch_size:
+        evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
+        if evaluating or step % args.checkpoint_interval < args.num_steps:
             writer.flush()
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
-            scores = evaluate(agent, envs, args, run / f"{step}.mp4")
+            scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
             writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
@@ -470,37 +413,29 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 
         start_time = time.time()
         set_seeds(args.seed, "iteration", iteration)
-        remaining = 1 - iteration / num_iterations
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1))
+        rollout, finished = collect(env, agent, args.num_steps)
 
-        rollout, finished = collect(envs, agent, args.num_steps)
-
-        bootstraps = args.gamma * rollout["bootstraps"]
-        noisy_rewards = add_noise(rollout["rewards"], args.reward_noise)
-        context = (rollout["values"], rollout["dones"], rollout["next_value"])
-        advantages = gae(noisy_rewards + bootstraps, *context, args.gamma, args.gae_lambda)
-        clean = gae(rollout["rewards"] + bootstraps, *context, args.gamma, args.gae_lambda)
+        rewards = rollout["rewards"].clip(-10, 10)
+        noise = args.reward_noise * np.random.standard_normal(len(rewards)).astype(np.float32)
+        context = (rollout["values"], rollout["next_values"], rollout["dones"])
+        advantages = gae(rewards + noise, *context, args.gamma, args.gae_lambda)
+        clean_advantages = gae(rewards, *context, args.gamma, args.gae_lambda)
         returns = advantages + rollout["values"]
 
-        batch = (rollout["obs"], rollout["actions"], advantages, returns)
-        obs, actions, *targets = [torch.from_numpy(x).flatten(0, 1).to(device) for x in batch]
-        with torch.no_grad():
-            old_logprobs, _, _ = agent(obs, actions)
-        batch = (obs, actions, old_logprobs, *targets)
-        stats = update(agent, optimizer, batch, clip_coef, args, loss_function)
+        batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
+        batch = [torch.from_numpy(x) for x in batch]
+        logs = update(agent, optimizer, batch, args, loss_function)
 
-        stats["losses/explained_variance"] = 1 - advantages.var() / returns.var()
-        stats["advantage/sign_flips_noise"] = (advantages * clean < 0).mean()
-        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        stats["charts/SPS"] = batch_size / (time.time() - start_time)
-        if not np.isfinite(list(stats.values())).all():
-            raise FloatingPointError(f"not finite at step {step}: {stats}")
-        for tag, value in stats.items():
-            writer.add_scalar(tag, value, step + batch_size)
+        logs["losses/explained_variance"] = 1 - advantages.var() / returns.var()
+        logs["advantage/sign_flips_noise"] = (advantages * clean_advantages < 0).mean()
+        logs["charts/SPS"] = args.num_steps / (time.time() - start_time)
+        if not np.isfinite(list(logs.values())).all():
+            raise FloatingPointError(f"not finite at step {step}: {logs}")
+        for tag, value in logs.items():
+            writer.add_scalar(tag, value, step + args.num_steps)
         for t, score, length in finished:
-            writer.add_scalar("charts/episodic_return", score, step + (t + 1) * args.num_envs)
-            writer.add_scalar("charts/episodic_length", length, step + (t + 1) * args.num_envs)
+            writer.add_scalar("charts/episodic_return", score, step + t + 1)
+            writer.add_scalar("charts/episodic_length", length, step + t + 1)
     writer.close()
 
 
