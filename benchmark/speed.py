@@ -48,7 +48,7 @@ CORES = os.cpu_count()
 class Case:
     title: str
     script: str
-    flags: str
+    flags: str  # of the script alone
     env_id: str
     num_envs: int
     num_steps: int
@@ -72,7 +72,7 @@ CASES = {
     "atari": Case("Atari", GAMES, "", BREAKOUT, 8, 128, 4, 8_192),
     "atari-bf16": Case("Atari", GAMES, "--bf16", BREAKOUT, 8, 128, 4, 8_192),
     "atari-bf16-compile": Case("Atari", GAMES, "--bf16 --compile", BREAKOUT, 8, 128, 4, 8_192),
-    "atari-32": Case("Atari, 32 games", GAMES, "--bf16", BREAKOUT, 32, 128, 4, 32_768),
+    "atari-32": Case("Atari", GAMES, "--num-envs 32 --bf16", BREAKOUT, 32, 128, 4, 32_768),
     "sa2c": Case("SA2C, Atari", "sa2c_atari.py", "", BREAKOUT, 16, 5, 1, 16_000),
     "sa2c-control": Case("SA2C, control", "sa2c_continuous.py", "", CHEETAH, 16, 5, 1, 40_000),
     "halfcheetah": Case("HalfCheetah", CONTROL, "", CHEETAH, 1, 2048, 32, 40_960),
@@ -126,7 +126,6 @@ def settings(case: Case, seed: int, threads: int, cuda: bool) -> list[str]:
     """The flags that both sides have."""
     return [
         f"--seed={seed}",
-        f"--num-envs={case.num_envs}",
         f"--num-steps={case.num_steps}",
         f"--total-timesteps={case.total_timesteps}",
         f"--torch-threads={threads}",
@@ -151,7 +150,7 @@ def measure_peer(python: str, library: str, case: Case, *where) -> tuple[float, 
     """The same of a peer."""
     env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", case.env_id)
     command = [python, ROOT / "benchmark" / "peer.py", f"--library={library}"]
-    command += [f"--method={case.method}", f"--env-id={env_id}"]
+    command += [f"--method={case.method}", f"--env-id={env_id}", f"--num-envs={case.num_envs}"]
     with tempfile.TemporaryDirectory() as folder:
         command += [f"--num-minibatches={case.num_minibatches}", *settings(case, *where)]
         output, memory = run(command, folder)

@@ -1,9 +1,10 @@
 """Makes an animation from a video that `--capture-video` saved.
 
-    python sppo_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 300000 --capture-video
+    flags="--env-id LunarLanderContinuous-v3 --total-timesteps 300000 --capture-video"
+    python sppo_continuous.py $flags
     python docs/animation.py runs/<run>/299008.mp4 docs/figures/lunar_lander.gif
 
-A run that is complete already plays again, and saves the video, with `--resume runs/<run> --capture-video`.
+A run that is complete plays again, and saves the video, with `--resume runs/<run> --capture-video`.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,14 @@ def main(args: Args) -> None:
     palette = small[len(small) // 2].quantize(args.colours)  # one for all frames: nothing flickers
     images = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in small]
     duration = round(100 / args.fps) * 10  # GIFs count in hundredths of a second
-    images[0].save(args.output, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
+    images[0].save(
+        args.output,
+        save_all=True,
+        append_images=images[1:],
+        duration=duration,
+        loop=0,
+        optimize=True,
+    )
     print(f"{args.output}: {len(images)} frames, {args.output.stat().st_size / 1000:.0f} KB")
 
 
