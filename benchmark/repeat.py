@@ -65,7 +65,8 @@ def main(args: Args) -> int:
         equal = same_steps and all(abs(again[step] - table[step]) < 0.006 for step in again)
         unequal += not equal and "--compile" not in run.command
         scores = f"last score {table.iloc[-1]:.2f}, again {again[max(again)]:.2f}"
-        print(f"{'equal' if equal else 'NOT EQUAL'}: {run.study}, {scores}: {run.command}")
+        verdict = "equal" if equal else "NOT EQUAL"
+        print(f"{verdict}: {run.study}, {scores}: {run.command}", flush=True)
     return int(unequal > 0)
 
 
