@@ -1,152 +1,164 @@
 """What the runs of a study logged, as tables: `runs.csv`, `evaluations.csv` and `random.csv`."""
 
-import itertools
-import json
-import logging
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
-from study_file import KEY, ROOT, Study, StudyError
+from study_file import KEY, Study, StudyError
+from study_run import checkpoint_of, finished, write_whole
 
-TAGS = dict(mean_weight="losses/mean_weight", flips_noise="advantage/sign_flips_noise",
-            flips_normalization="advantage/sign_flips_normalization")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Whole or not at all, whatever happens when."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def finished(folder: Path) -> dict | None:
-    """What is known of a finished run: command, steps, score, seconds, attempts; of a pilot its mean weight, too."""
-    path = folder / "done.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def finish(folder: Path, **record) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "done.json", json.dumps(record, indent=1) + "\n")
-
-
-def mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else np.nan
+TAGS = {
+    "mean_weight": "losses/mean_weight",
+    "flips_noise": "advantage/sign_flips_noise",
+    "flips_normalization": "advantage/sign_flips_normalization",
+}
+COLUMNS = {
+    "evaluations": [*KEY, "step", "score"],
+    "runs": [*KEY, "steps", "score", *TAGS, "command"],
+    "random": ["environment", "episodes", "mean", "std"],
+}
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All points of a cell's TensorBoard files, (step, value) by tag."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes seconds
+    """All points of a run's TensorBoard files, (step, value) by tag. A resumed run has several
+    files; from the first step of one on, it counts instead of those that begin earlier."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow
 
-    logging.getLogger("tensorboard").setLevel("ERROR")  # it warns of resumed runs
-    (run,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def means(points: dict[str, list[tuple[int, float]]], after=0, until=np.inf) -> dict[str, float]:
-    return {name: mean([value for at, value in points[tag] if after < at <= until]) for name, tag in TAGS.items()}
-
-
-def mean_weights(study: Study, folder: Path) -> dict[tuple[str, str, str], str]:
-    """w̄ by method, environment and condition: the mean of its pilot runs, once these are finished."""
-    weights, pilots = {}, filter(lambda cell: cell.pilot, study.cells)
-    for key, group in itertools.groupby(pilots, lambda cell: (cell.method, cell.env_id, cell.condition)):
-        runs = [(folder / cell.name, finished(folder / cell.name)) for cell in group]
-        if all(record for _, record in runs):
-            values = [record.get("mean_weight") or means(scalars(run))["mean_weight"] for run, record in runs]
-            weights[key] = f"{mean(values):.4g}"
-    return weights
+    parts = []
+    for path in folder.glob("runs/*/events.out.tfevents.*"):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        steps = [point.step for points in tags.values() for point in points]
+        if steps:
+            parts.append((min(steps), max(steps), tags))
+    merged = {}
+    for first, _, tags in sorted(parts, key=lambda part: part[:2]):  # names go by clocks
+        for tag in merged:
+            merged[tag] = [(step, value) for step, value in merged[tag] if step < first]
+        for tag, points in tags.items():
+            merged.setdefault(tag, []).extend((point.step, point.value) for point in points)
+    return merged
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """As it is written, all text."""
-    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame(columns=KEY)
+def means(points: dict[str, list[tuple[int, float]]]) -> dict[str, float]:
+    logged = {name: [value for _, value in points.get(tag, [])] for name, tag in TAGS.items()}
+    return {name: np.mean(values) if values else np.nan for name, values in logged.items()}
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
+def read_table(results: Path, name: str) -> list[dict]:
+    """Its rows as they are written, all text."""
+    path = results / f"{name}.csv"
+    if not path.exists():
+        return []
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    return table[COLUMNS[name]].to_dict("records")
+
+
+def write_table(results: Path, name: str, rows: list[dict]) -> None:
     rows = [{k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    pd.DataFrame(rows, columns=None if rows else KEY).to_csv(path, index=False)
+    text = pd.DataFrame(rows, columns=COLUMNS[name]).to_csv(index=False, lineterminator="\n")
+    write_whole(results / f"{name}.csv", text.encode())
 
 
-def adopt(study: Study, folder: Path, results: Path) -> None:
-    """Counts as finished what tables hold: runs of another machine, whose folders are not here."""
-    rows = read_table(results / "runs.csv").set_index(KEY).to_dict("index")
-    if not rows:
-        raise StudyError(f"{results} holds no runs")
-    kinds = dict(command=str, steps=int, score=float, mean_weight=float, seconds=float, attempts=int)
+def key_of(row: dict) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
+
+
+def commands(study: Study, folder: Path, rows: list[dict]) -> dict[tuple, str | None]:
+    """The commands of a study's cells, by key; None where pilots are not finished. Raises
+    StudyError where a row of a table, or a run in its folder, has another command."""
+    table = {key_of(row): row for row in rows}
+    pilots = defaultdict(list)  # their mean weights, by method, environment and condition
+    for cell in [cell for cell in study.cells if cell.pilot]:
+        weight = np.nan
+        if cell.key in table:
+            weight = float(table[cell.key]["mean_weight"])
+        elif finished(folder / cell.name):
+            weight = float(f"{means(scalars(folder / cell.name))['mean_weight']:.7g}")
+        pilots[cell.key[:3]].append(weight)
+    weights = {case: f"{np.mean(x):.4g}" for case, x in pilots.items() if np.isfinite(x).all()}
+    asked = {cell.key: cell.command(weights) for cell in study.cells}
+    for key, row in table.items():
+        if row["command"] != asked.get(key):
+            raise StudyError(f"the tables hold a run that is not of this study: {row['command']}")
     for cell in study.cells:
-        if cell.key in rows and not finished(folder / cell.name):
-            finish(folder / cell.name, **{name: kind(rows[cell.key][name]) for name, kind in kinds.items()})
+        place = folder / cell.name
+        if asked[cell.key] and (finished(place) or checkpoint_of(place)):  # else worth nothing
+            if (place / "command.txt").read_text(encoding="utf-8") != asked[cell.key]:
+                raise StudyError(f"{place} has other flags than the study; remove it to run anew")
+    return asked
+
+
+def run_row(folder: Path, points: dict, score: str) -> dict:
+    """Of a finished run, as far as its files tell it."""
+    record = finished(folder)
+    steps, values = zip(*points.get("eval/episodic_return", [(1, np.nan)]))
+    if record["steps"] != steps[-1] - 1:
+        steps = f"{record['steps']:,} steps, its event files of {steps[-1] - 1:,}"
+        raise StudyError(f"{folder}: done.json tells of {steps}")
+    row = {"steps": steps[-1] - 1, "score": values[-1] if score == "last" else np.mean(values)}
+    return row | means(points) | {"command": record["command"]}
 
 
 def collect(study: Study, folder: Path, results: Path) -> None:
-    """Writes `runs.csv`, a row per finished run, and `evaluations.csv`, a row per evaluation, of runs under way, too.
-
-    Sign flips and mean weights are means over a run's points, and over those since the evaluation before. Rows of runs
-    whose folders are not here stay."""
-    tables = dict(runs=[], evaluations=[])
-    kept = {name: dict(list(read_table(results / f"{name}.csv").groupby(KEY))) for name in tables}
+    """Adds to the tables a row for each finished run, and one for each evaluation, of runs under
+    way, too. Rows of runs whose folders are not here stay."""
+    tables = {name: read_table(results, name) for name in ("evaluations", "runs")}
+    commands(study, folder, tables["runs"])
     for cell in study.cells:
-        record, here = finished(folder / cell.name), any((folder / cell.name).glob("runs/*/events*"))
-        if not here:
-            for name in ["evaluations", *["runs"] * bool(record)]:
-                tables[name] += kept[name][cell.key].to_dict("records") if cell.key in kept[name] else []
-        else:
-            key, points, before = dict(zip(KEY, cell.key)), scalars(folder / cell.name), 0
-            for logged_at, score in points.get("eval/episodic_return", []):
-                step = logged_at - 1  # scripts log an evaluation a step later
-                tables["evaluations"].append(key | dict(step=step, score=score) | means(points, before, step))
-                before = step
-            if record:
-                cost = {name: record[name] for name in ("seconds", "attempts", "command")}
-                score = score if study.score == "last" else mean([value for _, value in points["eval/episodic_return"]])
-                tables["runs"].append(key | dict(steps=step, score=score) | means(points) | cost)
-    if len(tables["runs"]) < len(kept["runs"]):
-        raise StudyError(f"{results} holds runs that are not here; `run … --results {results}` counts them as finished")
-    results.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        write_table(results / f"{name}.csv", rows)
+        place = folder / cell.name
+        if any(place.glob("runs/*/events*")):
+            points = scalars(place)
+            key = dict(zip(KEY, cell.key))
+            for name, rows in tables.items():
+                tables[name] = [row for row in rows if key_of(row) != cell.key]
+            for step, score in points.get("eval/episodic_return", []):  # logged a step later
+                tables["evaluations"].append(key | {"step": step - 1, "score": score})
+            if finished(place):
+                tables["runs"].append(key | run_row(place, points, study.score))
+    order = {cell.key: i for i, cell in enumerate(study.cells)}
+    for name, rows in tables.items():  # in this order: each run has its evaluations
+        known = [row for row in rows if key_of(row) in order]
+        write_table(results, name, sorted(known, key=lambda row: order[key_of(row)]))
     random_scores(study, results)
-    print(f"{len(tables['runs'])} of {len(study.cells)} runs and {len(tables['evaluations'])} evaluations in {results}")
+    counts = f"{len(tables['runs'])} of {len(study.cells)} runs"
+    print(f"{counts} and {len(tables['evaluations'])} evaluations in {results}")
 
 
 def random_scores(study: Study, results: Path) -> None:
-    """Adds to `random.csv` the environments whose uniform policy was not played yet, 100 episodes each."""
-    path = results / "random.csv"
-    rows = read_table(path).to_dict("records")
-    for env_id in [x for x in study.environments if all(row["environment"] != x for row in rows)]:
-        returns = play_uniformly(env_id, 100)
-        rows.append(dict(environment=env_id, episodes=100, mean=mean(returns), std=float(np.std(returns))))
-    write_table(path, rows)
+    """Adds the environments whose uniform policy was not played yet, 100 episodes each."""
+    rows = read_table(results, "random")
+    for env_id in study.environments:
+        if all(row["environment"] != env_id for row in rows):
+            returns = play_uniformly(env_id, 100)
+            numbers = {"mean": np.mean(returns), "std": np.std(returns)}
+            rows.append({"environment": env_id, "episodes": 100} | numbers)
+    write_table(results, "random", rows)
 
 
 def play_uniformly(env_id: str, episodes: int) -> list[float]:
-    """Raw returns of the uniform policy; always the same episodes, of 100,000 steps at most, as scripts evaluate."""
-    sys.path.insert(0, str(ROOT))
-    import ppo_baseline
+    """Raw returns of the uniform policy; always the same episodes, of 100,000 steps at most."""
+    sys.path.append(os.getcwd())  # for environments of one's own
+    options = {}
+    if env_id.startswith("ALE/"):
+        import ale_py  # noqa: F401  (registers games)
 
-    args = ppo_baseline.Args(env_id)
-    if env_id in ppo_baseline.ATARI_IDS:  # games side by side; the first one of each counts
-        rng, scores = np.random.default_rng(0), np.full(episodes, np.nan)
-        games = ppo_baseline.Games(args, rng.integers(2**31, size=episodes))
-        while np.isnan(scores).any():
-            games.step(rng.integers(games.num_actions, size=(episodes, 1)))
-            scores = np.where(games.over & np.isnan(scores), games.score, scores)
-        return scores.tolist()
-    env, returns = ppo_baseline.make_env(args), [0.0] * episodes
+        options = {"frameskip": 4, "repeat_action_probability": 0}
+    env = gym.make(env_id, **options)
     env.action_space.seed(0)
-    for episode in range(episodes):
-        env.reset(seed=0 if episode == 0 else None)
+    env.reset(seed=0)
+    returns = []
+    for _ in range(episodes):
+        score = 0.0
         for _ in range(100_000):
             _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            returns[episode] += np.asarray(reward).item()
+            score += np.asarray(reward).item()
             if terminated or truncated:
                 break
+        returns.append(score)
+        env.reset()
     return returns
