@@ -123,14 +123,15 @@ def run(command: list, folder: str) -> tuple[str, float]:
 
 
 def settings(case: Case, seed: int, threads: int, cuda: bool) -> list[str]:
-    """The flags that both sides have."""
-    return [
+    """The flags that both sides have. Control has no other device than the CPU."""
+    flags = [
         f"--seed={seed}",
         f"--num-steps={case.num_steps}",
         f"--total-timesteps={case.total_timesteps}",
         f"--torch-threads={threads}",
-        "--cuda" if cuda else "--no-cuda",
     ]
+    device = "--cuda" if cuda else "--no-cuda"
+    return flags if case.control else [*flags, device]
 
 
 def measure_script(root: Path, case: Case, *where) -> tuple[float, float]:

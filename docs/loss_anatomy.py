@@ -62,6 +62,8 @@ def agent_and_batch(script, args: Args) -> tuple[torch.nn.Module, list[torch.Ten
         flags = script.Args(**checkpoint["args"])
         iterations = 0
     flags = replace(flags, resume=None, eval_interval=0, total_timesteps=10**9)  # anneals nothing
+    if args.env_id.startswith("ALE/"):
+        flags = replace(flags, cuda=False)
     script.validate(flags)
     update = script.update
     seen = []
