@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "studies")]
@@ -131,14 +132,63 @@ def cost(results: report.Results, env_id: str, method: str, condition: str) -> t
     return estimate, f"{condition} cost {method}, {env_id}, {text}"
 
 
+def settings(results: report.Results, family: str, env_id: str, condition: str) -> pd.DataFrame:
+    """Scores (seeds, settings) of a method that the study's grid expands."""
+    members = results.study.families[family]
+    return pd.DataFrame({x: results.of(x, env_id, condition) for x in members}).dropna()
+
+
+def spread(scores: pd.DataFrame) -> pd.Series:
+    """Standard deviation over settings, by seed. What runs differ by at random is in it, for all
+    methods."""
+    return scores.std(axis=1)
+
+
+def spread_gaps(results: report.Results) -> list[tuple]:
+    """(a, b, environment, condition, spread of a − spread of b, mean spread of b)."""
+    study = results.study
+    gaps = []
+    for (a, b), *case in itertools.product(study.comparisons, study.environments, study.conditions):
+        if {a, b} <= study.families.keys():
+            first, second = (spread(settings(results, x, *case)) for x in (a, b))
+            if len(first) and len(second):
+                gap = report.contrast((1, first), (-1, second))
+                gaps.append((a, b, *case, gap, second.mean()))
+    return gaps
+
+
+def spread_tables(results: report.Results) -> list[str]:
+    """How much the setting matters; nothing of a study without a grid."""
+    study = results.study
+    rows = []
+    for case in itertools.product(study.families, study.environments, study.conditions):
+        scores = settings(results, *case)
+        if not len(scores):
+            continue
+        p = stats.friedmanchisquare(*scores.to_numpy().T).pvalue
+        means = scores.mean()
+        ends = (scores.to_numpy().mean(), means.min(), means.max(), spread(scores).mean())
+        size = f"{scores.shape[1]} × {len(scores)}"
+        rows.append([*case, size, *map(report.number, ends), f"{p:.2g}"])
+    gaps = []
+    for a, b, env_id, condition, gap, whole in spread_gaps(results):
+        text = report.interval(gap, plus="+")
+        word = report.verdict(gap, a, b, "higher", report.MARGIN * whole)
+        gaps.append([f"{a} − {b}", env_id, condition, text, word])
+    header = ["method", "environment", "condition", "settings × seeds"]
+    header += ["mean", "lowest", "highest", "spread", "p"]
+    tables = [report.table(header, rows)] if rows else []
+    header = ["difference", "environment", "condition", "of spreads", "verdict"]
+    return tables + [report.table(header, gaps)] if gaps else tables
+
+
 def sensitivity(results: report.Results, method: str) -> Measured:
     """Spread over settings beside PPO's over the same factors on its policy loss, in units of the
     latter. The claim is that it is less."""
     measured = []
-    for a, b, env_id, condition, gap in report.spread_gaps(results):
+    for a, b, env_id, condition, gap, whole in spread_gaps(results):
         if a != method:
             continue
-        whole = report.spread(report.settings(results)[b, env_id, condition]).mean()
         value, low, high = np.array(gap[:3]) / whole
         text = f"spread over settings, {a} − {b}, {env_id}, {condition}, {seeds_of(results)}: "
         text += f"{percent((value, low, high))} of PPO's"
@@ -345,7 +395,7 @@ def section(results: report.Results) -> str:
     blocks = [
         f"*{study.question}* {seeds_of(results)} of {steps} steps; a run's score is {score}.",
         f'<img src="{path}/{figure}.png" width="600" alt="{study.question}">',
-        *report.spreads(results)[2:],
+        *spread_tables(results),
     ]
     rows = []
     for (a, b), env_id in itertools.product(results.pairs, results.tasks):
