@@ -74,7 +74,7 @@ CASES = {
     "atari-bf16-compile": Case("Atari", GAMES, "--bf16 --compile", BREAKOUT, 8, 128, 4, 8_192),
     "atari-32": Case("Atari", GAMES, "--num-envs 32 --bf16", BREAKOUT, 32, 128, 4, 32_768),
     "sa2c": Case("SA2C, Atari", "sa2c_atari.py", "", BREAKOUT, 16, 5, 1, 16_000),
-    "sa2c-control": Case("SA2C, control", "sa2c_continuous.py", "", CHEETAH, 16, 5, 1, 40_000),
+    "sa2c-control": Case("SA2C, control", "sa2c_continuous.py", "", CHEETAH, 1, 16, 1, 40_000),
     "halfcheetah": Case("HalfCheetah", CONTROL, "", CHEETAH, 1, 2048, 32, 40_960),
     "halfcheetah-compile": Case("HalfCheetah", CONTROL, "--compile", CHEETAH, 1, 2048, 32, 81_920),
 }
@@ -260,8 +260,9 @@ def report(rows: list[dict], peers: list[str]) -> str:
         busy = max(float(row["busy_cores"]) for row in here)
         idle = "The machine was idle." if busy < 0.2 else f"**Others kept {busy:.1f} cores busy.**"
         pairs = max(int(row["pair"]) for row in here)
-        text = f"{where}. Medians (lowest to highest) of {pairs} pairs. {idle}"
-        sections.append(f"{text}\n\n{table(here, peers)}")
+        text = f"{where}. Medians (lowest to highest) of at most {pairs} pairs. {idle}"
+        there = [peer for peer in peers if any(row["who"] == peer for row in here)]
+        sections.append(f"{text}\n\n{table(here, there)}")
     return "\n\n".join(sections)
 
 
@@ -296,7 +297,7 @@ def main(args: Args) -> None:
         if args.peers and not args.quick:
             kept = keep([row for row in rows if row["who"] != AGAINST])
     if args.peers:
-        print(report(kept or rows, [SB3, SBX]))
+        print(report(kept or rows, [SB3, SBX]), end="\n\n")
     if args.against:
         print(report(rows, [AGAINST]))
     if args.output:
