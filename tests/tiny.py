@@ -1,58 +1,72 @@
-"""A small environment for tests of whole runs."""
-
-import os
-import random
-import time
+"""Small environments for tests of whole runs, as a user registers them: --env-id tiny:Tiny-v0."""
 
 import gymnasium as gym
 import numpy as np
 
+LENGTH = 16  # steps of an episode
+
 
 class Tiny(gym.Env):
-    """Episodes of 16 steps without randomness. From step AT of this process on there is TROUBLE."""
+    """Episodes of LENGTH steps without randomness. After `good_steps` of all environments of this
+    process together, rewards are not numbers."""
 
     metadata = {"render_modes": ["rgb_array"]}
-    steps, alive, seeds = 0, 0, set()
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    steps = 0
 
-    def __init__(self, render_mode=None):
+    def __init__(self, good_steps=float("inf"), render_mode=None):
+        self.good_steps = good_steps
         self.render_mode = render_mode
-        self.observation_space, self.action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
-        Tiny.alive += 1
-        if self.trouble() == "single" and Tiny.alive > 1:
-            raise RuntimeError("there can only be one")
-
-    def trouble(self) -> str | None:
-        return os.environ.get("TROUBLE") if Tiny.steps >= int(os.environ.get("AT", 0)) else None
-
-    def observe(self):
-        if self.trouble() == "random":
-            return self.observation_space.sample() * np.float32(random.random() * np.random.rand())
-        return np.float32([np.cos(self.t), np.sin(self.t)])
 
     def reset(self, seed=None, options=None):
-        Tiny.seeds.add(seed)
         self.t = 0
-        return self.observe(), {}
+        return np.float32([1, 0]), {}
 
     def step(self, action):
         Tiny.steps += 1
         self.t += 1
-        trouble, reward = self.trouble(), float(np.cos(self.t + 2 * action.sum()))
-        if trouble == "raise":
-            raise RuntimeError("the simulation exploded")
-        elif trouble == "wait":
-            time.sleep(0.05)
-        elif trouble == "nan":
-            reward = float("nan")
-        elif trouble == "random":
-            reward += self.action_space.sample().item()
-        return self.observe(), reward, False, self.t >= 16 and trouble != "endless", {}
+        reward = np.cos(self.t + 2 * action.sum())
+        if Tiny.steps > self.good_steps:
+            reward = np.float64("nan")
+        return np.float32([np.cos(self.t), np.sin(self.t)]), reward, False, self.t >= LENGTH, {}
 
     def render(self):
-        return None
-
-    def close(self):
-        Tiny.alive -= 1
+        return np.full((64, 64, 3), 10 * self.t, np.uint8)
 
 
+class Unusual(gym.Env):
+    """Spaces of any shape; a reward of 1 for each action that the action space has. It draws from
+    NumPy's global random numbers."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space = observation_space
+        self.action_space = action_space
+
+    def observe(self):
+        self.observation_space.seed(np.random.randint(1000))
+        return self.observation_space.sample()
+
+    def reset(self, seed=None, options=None):
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        reward = float(self.action_space.contains(action))
+        return self.observe(), reward, False, self.t >= LENGTH, {}
+
+
+FLAT = gym.spaces.Box(-1, 1, (3,))
+DICT = gym.spaces.Dict(place=gym.spaces.Discrete(3), speed=gym.spaces.Box(-1, 1, (2, 3)))
+UNUSUAL = {  # observations, actions, length of a flat observation
+    "Matrix": (gym.spaces.Box(-5, 5, (2, 3)), gym.spaces.Box(-2, 3, (2, 2)), 6),
+    "Dict": (DICT, gym.spaces.Discrete(3), 9),
+    "Number": (gym.spaces.Discrete(5), gym.spaces.Discrete(4, start=-2), 5),
+    "Flat": (FLAT, gym.spaces.Box(-1, 1, (1,), np.float64), 3),
+}
+for name, (observations, actions, _) in UNUSUAL.items():
+    spaces = dict(observation_space=observations, action_space=actions)
+    gym.register(f"{name}-v0", Unusual, kwargs=spaces)
 gym.register("Tiny-v0", Tiny)
+gym.register("Diverging-v0", Tiny, kwargs=dict(good_steps=70))
