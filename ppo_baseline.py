@@ -1,600 +1,564 @@
-"""PPO (Schulman et al., 2017) for Atari and continuous control: what the symmetric loss is measured against.
+"""PPO (Schulman et al., 2017) for Atari and control: what the symmetric loss is measured against.
 
-With r = π / π_old for the action taken and A the advantage:
+π is the probability of the action taken, π_old when it was taken, r = π / π_old, A the advantage:
 
-    loss = −pg_coef · min(r·A, clip(r, 1−ε, 1+ε)·A) − ent_coef · entropy + vf_coef · value loss
+    loss = - pg_coef · min(r·A, clip(r, 1-ε, 1+ε)·A) - ent_coef · entropy + vf_coef · value loss
 
-On Atari, and elsewhere with `--policy discretized`, it is `sppo_atari.py` and `sppo_continuous.py` with α = pg_coef and
-β = 0, bit for bit: `--pg-coef` α + β|Z| makes the matched control of SPPO. Each iteration of `main`
+On Atari, and elsewhere with `--policy discretized`, this is `sppo_atari.py` or
+`sppo_continuous.py` with α = pg_coef and β = 0. So `--pg-coef` α + β|Z| has the gradient of SPPO.
 
-    acts in num_envs environments for num_steps steps                              collect_games, collect_episodes
-    adds noise, if asked for, and computes advantages A by GAE, returns = A + V    flip_rewards, add_noise, gae
-    in each epoch, for each minibatch, normalises A and steps down the loss        update, normalize, gradient
+One iteration:
+    1. act in `num_envs` environments for `num_steps` steps         collect
+    2. add noise, compute advantages A and returns A + V            add_noise, gae
+    3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
-    python ppo_baseline.py --env-id Hopper-v5 --policy discretized --pg-coef 20.5 --reward-noise 0.05
+    python ppo_baseline.py --env-id ALE/Breakout-v5
+    python ppo_baseline.py --env-id Hopper-v5 --policy discretized --pg-coef 20.5
 """
 
-import contextlib
-import ctypes
 import os
 import random
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, make_dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # torch's idle threads soon leave the cores to the games
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, for matrices as small as these
+os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # idle threads leave the cores to the games
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads; its matrices here are small
 
 import ale_py
 import gymnasium as gym
-import imageio
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ATARI_IDS = {name for name, spec in gym.registry.items() if "game" in spec.kwargs}
-TAGS = """losses/policy_loss losses/forward_loss losses/value_loss losses/entropy losses/grad_norm
-    losses/old_approx_kl losses/approx_kl losses/clipfrac advantage/sign_flips_normalization""".split()
 
 @dataclass
 class Args:
-    """PPO for Atari and continuous control; defaults are those of the kind of --env-id."""
-    env_id: str = "Hopper-v5"  # an Atari game, or an environment with `Discrete` or bounded `Box` actions
-    policy: Literal["gaussian", "discretized"] = "gaussian"  # for `Box` actions; `Discrete` ones are as they are
-    num_bins: int = 11  # values per dimension of the discretized policy, evenly spaced, ends included
-    seed: int = 1  # seed of the run: weights, environments, actions, minibatches, noise
-    total_timesteps: int = 2_000_000  # environment steps; the last incomplete batch is left out
-    num_envs: int = 1  # environments stepped side by side
+    """PPO for Atari and control. Defaults are those of the kind of environment."""
+
+    env_id: str = "Hopper-v5"  # a game, or an environment with `Discrete` or bounded `Box` actions
+    policy: Literal["gaussian", "discretized"] = "gaussian"  # for `Box` actions
+    num_bins: int = 11  # values per dimension of the discretized policy
+    seed: int = 1  # seed of weights, environments, actions, minibatches and noise
+    total_timesteps: int = 2_000_000  # environment steps
+    num_envs: int = 1  # environments side by side
     num_steps: int = 2048  # steps in each environment per iteration
+    repeat_action_probability: float = 0.0  # Atari's sticky actions
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over each batch
     learning_rate: float = 3e-4  # step size of Adam
     anneal_lr: bool = False  # lower the learning rate linearly to 0
-    gamma: float = 0.99  # discount factor γ
-    gae_lambda: float = 0.95  # λ of generalised advantage estimation
-    clip_coef: float = 0.2  # clip range ε
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    clip_coef: float = 0.2  # clip range
     anneal_clip: bool = False  # lower the clip range linearly to 0
     norm_adv: bool = True  # normalise the advantages of each minibatch
     pg_coef: float = 1.0  # weight of the policy loss
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient
-    reward_noise: float = 0.0  # Atari: probability that the learner sees 1 − reward; else std of noise on the reward
-    survival_bonus: float = 0.0  # added to every reward the learner sees; p: what --reward-noise p pays on average
-    advantage_noise: float = 0.0  # probability that a sample's advantage changes sign, redrawn in every epoch
-    repeat_action_probability: float = 0.0  # Atari's sticky actions: probability that a game repeats the last action
-    eval_interval: int = 0  # steps between evaluations; 0: only after the last update (the final score)
-    eval_episodes: int = 10  # full games, actions sampled; else episodes, most probable actions, at most 100,000 steps
-    checkpoint_interval: int = 100_000  # steps between checkpoints; others: at evaluations, the end, after a signal
-    resume: str | None = None  # continue the run in this folder with its flags and what is typed; new episodes begin
-    capture_video: bool = False  # save a video of each evaluation's first episode
+    reward_noise: float = 0.0  # Atari: probability of 1 - reward; else std of noise on the reward
+    advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
+    eval_interval: int = 0  # steps between evaluations; 0: only one, after training
+    eval_episodes: int = 10  # episodes; on Atari with actions sampled, else the most probable ones
+    checkpoint_interval: int = 20_000  # steps between checkpoints
+    resume: str | None = None  # go on with the run in this folder; typed flags replace its own
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
-    bf16: bool = False  # Atari: compute convolutions and the hidden layer in bfloat16: faster where CPU or GPU has it
-    compile: bool = False  # compile the loss and its gradient: faster after half a minute; needs a C++ compiler
-    torch_threads: int = 1  # CPU threads of torch; 0: one per core, at most 8
+    bf16: bool = False  # Atari: bfloat16 for convolutions; faster on a GPU and on CPUs that have it
+    torch_threads: int = 1  # CPU threads of torch; 0: one per core
 
-ATARI_DEFAULTS = dict(total_timesteps=5_000_000, num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4,
-    anneal_lr=True, learning_rate=2.5e-4, anneal_clip=True, clip_coef=0.1, ent_coef=0.01, torch_threads=0)  # fmt: skip
+
+ATARI_DEFAULTS = dict(
+    total_timesteps=5_000_000,
+    num_envs=8,
+    num_steps=128,
+    num_minibatches=4,
+    update_epochs=4,
+    learning_rate=2.5e-4,
+    anneal_lr=True,
+    clip_coef=0.1,
+    anneal_clip=True,
+    ent_coef=0.01,
+    torch_threads=0,
+)
+
 
 def validate(args: Args) -> None:
-    """Raises ValueError for what would quietly train something else; other mistakes fail by themselves and say why."""
-    batch_size, minibatch_size = args.num_envs * args.num_steps, args.num_envs * args.num_steps / args.num_minibatches
-    if minibatch_size % 1 or args.norm_adv and minibatch_size < 2 or batch_size > args.total_timesteps:
-        raise ValueError(f"a batch of {batch_size} steps must divide by --num-minibatches and fit --total-timesteps")
-    noises = [args.advantage_noise, args.repeat_action_probability, args.reward_noise * (args.env_id in ATARI_IDS)]
-    if min(args.pg_coef, args.reward_noise) < 0 or not all(0 <= p <= 1 for p in noises):
-        raise ValueError("--pg-coef, --reward-noise must be ≥ 0, probabilities of noise and sticky actions in [0, 1]")
-    env = make_env(args)
-    space, obs_dims = env.action_space, len(env.unwrapped.observation_space.shape or ())
-    env.close()
-    box = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and (space.low > -1e30) & (space.high < 1e30)
-    if obs_dims > 2 and args.env_id not in ATARI_IDS or not (isinstance(space, gym.spaces.Discrete) or np.all(box)):
-        raise ValueError(f"--env-id {args.env_id} shows images, or {space} is not Discrete or of finite, real bounds")
+    """Raises an error for flags that would quietly train something else."""
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches or batch_size > args.total_timesteps:
+        raise ValueError(
+            f"--num-minibatches must divide, --total-timesteps hold {batch_size} steps"
+        )
+    if min(args.pg_coef, args.reward_noise) < 0 or not 0 <= args.advantage_noise <= 1:
+        raise ValueError(
+            "--pg-coef, --reward-noise must be at least 0, --advantage-noise in 0 to 1"
+        )
+    space = gym.make(args.env_id).action_space
+    if isinstance(space, gym.spaces.Box) and not space.is_bounded():
+        raise ValueError(f"actions must have bounds: {space}")
+
 
 class Games:
-    """Games side by side, in ale-py's vector environment with the usual preprocessing: 84×84 greyscale, 4 frames
-    stacked, actions held for 4 frames, FIRE and 0 to 29 no-ops at reset. After a lost life FIRE is pressed for a step,
-    where the game has it: some wait for it. `obs` (num_envs, 84, 84, 4) uint8 is what to act on next. Of the last
-    step, with an entry per game: `score` and `length` (in steps) of the game so far, or of the whole game where it is
-    `over`; `valid`, False where FIRE was pressed for the learner: no sample."""
+    """Atari games side by side, as ale-py preprocesses them: 84×84 greyscale, 4 frames stacked,
+    each action held for 4 frames, up to 29 no-ops at the start. A game that is over starts anew
+    within the same step. Some games wait for FIRE after a lost life: the next step presses it."""
 
-    def __init__(self, args: Args, seeds: np.ndarray):
+    is_game = True
+    stats = {}  # pixels are not normalised
+
+    def __init__(self, args: Args, num_envs: int, stats: dict | None = None):
         self.envs = ale_py.vector_env.AtariVectorEnv(
             gym.spec(args.env_id).kwargs["game"],
-            len(seeds),
+            num_envs,
             repeat_action_probability=args.repeat_action_probability,
-            reward_clipping=False,  # the raw score is what is reported
-            life_loss_info=True,  # a lost life sets `terminated` and the game goes on
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # a finished game starts anew within the same step
+            reward_clipping=False,  # scores are reported as they are
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
         )
-        self.num_actions = len(actions := self.envs.ale.get_action_set())
-        self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
-        obs, info = self.envs.reset(seed=seeds)
-        self.obs, self.frame = channels_last(obs), info["episode_frame_number"]
-        self.must_fire, self.over = np.zeros((2, len(seeds)), dtype=bool)
-        self.score, self.length = np.zeros((2, len(seeds)))
+        actions = [action.name for action in self.envs.ale.get_action_set()]
+        self.fire = actions.index("FIRE") if "FIRE" in actions else None
+        self.num_actions = len(actions)
+        self.must_fire = np.zeros(num_envs, dtype=bool)
+        self.truncated = np.zeros(num_envs, dtype=bool)  # a game that is cut off counts as over
+        self.over = np.zeros(num_envs, dtype=bool)  # games that ended with the last step
+        self.score = np.zeros(num_envs)  # of each game so far, or the final one where it is over
+        self.length = np.zeros(num_envs)  # in steps, likewise
+        self.reset()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Sign of the reward; terminated: the game is over or a life is lost; truncated: it was cut off at 108,000
-        frames; last observation of a game that was cut off, undefined elsewhere. `action`: (num_envs, 1)."""
-        self.score[self.over] = self.length[self.over] = 0
-        self.valid = ~self.must_fire
-        action = np.where(self.must_fire, self.fire, action[:, 0]) if self.must_fire.any() else action[:, 0]
-        obs, reward, terminated, truncated, info = self.envs.step(action)
-        self.obs = channels_last(obs)
-        self.over = info["episode_frame_number"] <= self.frame  # only a new game counts its frames from the start
-        self.frame = info["episode_frame_number"]
+    def reset(self) -> None:
+        seeds = np.random.randint(2**31, size=len(self.over))
+        self.obs, info = self.envs.reset(seed=seeds)
+        self.lives = info["lives"]
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Plays actions (num_envs,). Returns the signs of the rewards, and where an episode of the
+        learner ended: with a game or a life. `obs` is what to act on next."""
+        self.score[self.over] = 0
+        self.length[self.over] = 0
+        if self.must_fire.any():
+            action = np.where(self.must_fire, self.fire, action)
+        self.obs, reward, terminated, truncated, info = self.envs.step(action)
         self.score += reward
         self.length += 1
-        self.must_fire = terminated & ~self.over & (self.fire is not None)
-        return np.sign(reward), terminated, truncated, channels_last(info["final_obs"]) if truncated.any() else None
+        self.over = terminated | truncated
+        life_lost = ~self.over & (info["lives"] < self.lives)
+        self.lives = info["lives"]
+        self.must_fire = life_lost & (self.fire is not None)
+        return np.sign(reward).astype(np.float32), self.over | life_lost
 
-def channels_last(obs: np.ndarray) -> np.ndarray:
-    """(num_envs, 4, 84, 84) → (num_envs, 84, 84, 4), the order in which convolutions are fast."""
-    return torch.from_numpy(obs).movedim(1, 3).contiguous().numpy()
-
-def make_env(args: Args, **options) -> gym.Env:
-    """The environment; observations that are no vector become one."""
-    env = gym.make(args.env_id, **options)
-    gym.spaces.Tuple((env.action_space, env.observation_space)).seed(args.seed)
-    return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 class RunningMeanStd:
     """Mean and standard deviation of all samples so far (Welford, 1962)."""
 
-    def __init__(self, shape: tuple[int, ...] = ()):
-        self.count, self.mean, self.squares = 0, np.zeros(shape), np.zeros(shape)
+    def __init__(self):
+        self.count = 0
+        self.mean = 0.0
+        self.squares = 0.0  # Σ (sample - mean)²
 
     def update(self, sample: np.ndarray) -> None:
         self.count += 1
         delta = sample - self.mean
         self.mean = self.mean + delta / self.count
-        self.squares = self.squares + delta * (sample - self.mean)  # Σ (sample − mean)²
+        self.squares = self.squares + delta * (sample - self.mean)
         self.std = np.sqrt(self.squares / self.count + 1e-8)
 
+    def state_dict(self) -> dict:
+        return {name: torch.tensor(x) for name, x in vars(self).items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update({name: x.numpy() for name, x in state.items()})
+
+
 class Environments:
-    """Environments side by side, with running normalisation of observations and rewards; one that ends starts anew
-    within the same step. `obs` (num_envs, obs_dim), normalised, is what to act on next. Of the last step, with an entry
-    per environment: `score` (raw return) and `length` of the episode so far, or of the whole one where it is `over`."""
+    """Other environments side by side, with normalised observations and rewards. The policy's
+    actions (num_envs, D) are numbers, or bins of which each stands for one of the values `bins`."""
 
-    def __init__(self, args: Args, seeds: np.ndarray, stats=()):
-        self.envs, self.gamma = [make_env(args) for _ in seeds], args.gamma
-        shape = self.envs[0].observation_space.shape
-        self.obs_stats, self.return_stats = self.stats = RunningMeanStd(shape), RunningMeanStd()
-        for own, saved in zip(self.stats, stats):
-            vars(own).update({name: x.numpy() for name, x in saved.items()})
-        self.obs = np.stack([self.normalize(env.reset(seed=int(x))[0], not stats) for env, x in zip(self.envs, seeds)])
-        self.over = np.zeros(len(seeds), dtype=bool)
-        self.score, self.length, self.discounted_return = self.totals = np.zeros((3, len(seeds)))
+    is_game = False
 
-    def normalize(self, obs: np.ndarray, learn: bool = False) -> np.ndarray:
-        if learn:
-            self.obs_stats.update(obs)
-        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
+    def __init__(self, args: Args, num_envs: int, stats: dict | None = None):
+        self.envs = [
+            gym.wrappers.FlattenObservation(gym.make(args.env_id)) for _ in range(num_envs)
+        ]
+        self.space = self.envs[0].action_space
+        self.bins = None
+        if isinstance(self.space, gym.spaces.Discrete):
+            self.bins = self.space.start + np.arange(self.space.n)[np.newaxis]
+        elif args.policy == "discretized":
+            ends = self.space.low.flatten(), self.space.high.flatten()
+            self.bins = np.linspace(*ends, args.num_bins, axis=1)
+        self.gamma = args.gamma
+        self.learning = stats is None  # else they stay as they are
+        self.stats = stats or {"obs": RunningMeanStd(), "returns": RunningMeanStd()}
+        self.must_fire = np.zeros(num_envs, dtype=bool)
+        self.over = np.zeros(num_envs, dtype=bool)
+        self.score = np.zeros(num_envs)
+        self.length = np.zeros(num_envs)
+        self.discounted_return = np.zeros(num_envs)
+        self.reset()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Normalised reward; terminated; truncated by a time limit; where either is true, the last observation."""
-        self.totals[:, self.over] = 0  # after a truncation, too
-        (terminated, truncated), reward = np.zeros((2, len(self.envs)), dtype=bool), np.zeros(len(self.envs))
-        final_obs = np.empty_like(self.obs)
+    def reset(self) -> None:
+        seeds = np.random.randint(2**31, size=len(self.envs)).tolist()
+        first = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)]
+        self.obs = np.stack([self.normalize(obs, self.learning) for obs in first])
+
+    def normalize(self, obs: np.ndarray, learning: bool) -> np.ndarray:
+        if learning:
+            self.stats["obs"].update(obs)
+        obs = (obs - self.stats["obs"].mean) / self.stats["obs"].std
+        return obs.clip(-10, 10).astype(np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns normalised rewards, and which episodes ended. Where they were `truncated` by a
+        time limit, what would have followed `last_obs` is worth V."""
+        if self.bins is not None:
+            action = self.bins[np.arange(len(self.bins)), action]
+        action = action.reshape(-1, *self.space.shape).astype(self.space.dtype)
+        if isinstance(self.space, gym.spaces.Box):
+            action = action.clip(self.space.low, self.space.high)
+        for total in (self.score, self.length, self.discounted_return):
+            total[self.over] = 0
+        rewards = np.zeros(len(self.envs), np.float32)
+        self.truncated = np.zeros(len(self.envs), dtype=bool)
+        self.last_obs = self.obs.copy()
         for i, env in enumerate(self.envs):
-            obs, raw_reward, terminated[i], truncated[i], _ = env.step(action[i])
-            raw_reward = np.asarray(raw_reward).item()  # some give an array with one number
-            self.score[i] += raw_reward
-            self.discounted_return[i] = self.gamma * self.discounted_return[i] + raw_reward
-            self.return_stats.update(self.discounted_return[i])
-            reward[i] = max(min(raw_reward / self.return_stats.std, 10), -10)  # in this order a NaN stays one
-            if terminated[i] or truncated[i]:
-                final_obs[i] = self.normalize(obs)  # only valued, not acted on: no statistics of it
+            obs, reward, terminated, truncated, _ = env.step(action[i])
+            self.score[i] += reward
+            self.length[i] += 1
+            self.discounted_return[i] = self.gamma * self.discounted_return[i] + reward
+            if self.learning:
+                self.stats["returns"].update(self.discounted_return[i])
+            rewards[i] = reward / self.stats["returns"].std
+            self.over[i] = terminated or truncated
+            self.truncated[i] = truncated and not terminated
+            if self.over[i]:
+                self.last_obs[i] = self.normalize(obs, learning=False)
                 obs, _ = env.reset()
-            self.obs[i] = self.normalize(obs, learn=True)
-        self.length += 1
-        self.over = terminated | truncated
-        return reward, terminated, truncated, final_obs
+            self.obs[i] = self.normalize(obs, self.learning)
+        return rewards.clip(-10, 10), self.over.copy()
+
 
 def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
-class AtariAgent(nn.Module):
-    """The Nature CNN (Mnih et al., 2015), shared by policy and value. Observations: (batch, 84, 84, 4) uint8."""
 
-    def __init__(self, num_actions: int, bf16: bool = False):
+def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
+    return nn.Sequential(
+        layer_init(nn.Linear(inputs, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, 64)),
+        nn.Tanh(),
+        layer_init(nn.Linear(64, outputs), std),
+    )
+
+
+class AtariAgent(nn.Module):
+    """The Nature CNN (Mnih et al., 2015), shared by policy and value."""
+
+    def __init__(self, num_actions: int):
         super().__init__()
-        self.bf16 = bf16  # for convolutions and the hidden layer
         self.features = nn.Sequential(
-            layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(inplace=True),
-            layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True),
-            layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(inplace=True), nn.Flatten(),
-            layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(inplace=True),
-        )  # fmt: skip
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
         self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.value = layer_init(nn.Linear(512, 1), std=1.0)
 
-    def logprobs_and_value(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of all actions (batch, num_actions) and values (batch,)."""
-        conv, device, dtype = self.features[0], obs.device.type, self.value.weight.dtype
-        pixels = obs.movedim(3, 1).to(torch.bfloat16 if self.bf16 else dtype, memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            hidden = nn.functional.conv2d(pixels, conv.weight / 255, conv.bias, conv.stride)  # fewer than pixels
-            features = self.features[1:](hidden).to(dtype)
-        with torch.autocast(device, enabled=False):
-            return self.policy(features).log_softmax(-1), self.value(features).squeeze(1)
+    def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
+        """Policy and values (batch,) for observations (batch, 4, 84, 84) of bytes."""
+        pixels = obs.to(memory_format=torch.channels_last) / 255.0  # the faster order in memory
+        features = self.features(pixels).float()
+        with torch.autocast(
+            obs.device.type, enabled=False
+        ):  # the heads are float32 with --bf16, too
+            return Categorical(logits=self.policy(features)), self.value(features).squeeze(1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities of these actions (batch, 1), one action dimension; entropies and values (batch,)."""
-        logprobs, value = self.logprobs_and_value(obs)
-        return logprobs.gather(1, action), -(logprobs.exp() * logprobs).sum(1), value
 
-    def act(self, obs: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sampled actions (num_envs, 1), their log-probabilities (num_envs, 1), values (num_envs,)."""
-        tensor = torch.from_numpy(obs).to(self.value.weight.device)
-        logprobs, value = (x.numpy(force=True) for x in self.logprobs_and_value(tensor))
-        action = (logprobs + rng.gumbel(size=logprobs.shape)).argmax(1, keepdims=True)  # Gumbel-max: a sample of π
-        return action, np.take_along_axis(logprobs, action, 1), value
+class ControlAgent(nn.Module):
+    """Two separate networks. The policy is D independent distributions: Gaussians of learned
+    standard deviations or, with `bins` (D, number), categorical ones over bins."""
 
-def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
-    hidden = (layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh())
-    return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std))
-
-def in_numpy(network: nn.Sequential):
-    """An `mlp` as a function of arrays (num_envs, obs_dim): for a few rows several times as fast as torch's calls."""
-    W1, b1, W2, b2, W3, b3 = (parameter.numpy(force=True).T for parameter in network.parameters())
-    return lambda obs: np.tanh(np.tanh(obs @ W1 + b1) @ W2 + b2) @ W3 + b3
-
-class BinnedAgent(nn.Module):
-    """Policy and value, two separate networks. Observations: (batch, obs_dim). The policy is D independent categorical
-    distributions over bins, one per action dimension. `actions` (D, num_bins) is what the bins stand for: evenly spaced
-    values, ends included; or the actions of a `Discrete` space, which is one dimension."""
-
-    def __init__(self, obs_dim: int, space: gym.Space, num_bins: int):
+    def __init__(self, obs_dim: int, space: gym.Space, bins: np.ndarray | None):
         super().__init__()
-        if isinstance(space, gym.spaces.Discrete):
-            self.actions = space.start + np.arange(space.n)[np.newaxis]
+        self.bins = bins
+        if bins is None:
+            self.log_std = nn.Parameter(torch.zeros(space.low.size))
+        self.policy = mlp(obs_dim, space.low.size if bins is None else bins.size, std=0.01)
+        self.value = mlp(obs_dim, 1, std=1.0)
+
+    def forward(self, obs: torch.Tensor) -> tuple[Independent, torch.Tensor]:
+        """Policy and values (batch,) for observations (batch, obs_dim)."""
+        outputs = self.policy(obs)
+        if self.bins is None:
+            policy = Normal(outputs, self.log_std.exp())
         else:
-            self.actions = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1, dtype=space.dtype)
-        self.dimensions, self.action_shape = np.arange(len(self.actions)), space.shape
-        self.policy = mlp(obs_dim, self.actions.size, std=0.01).append(nn.Unflatten(1, self.actions.shape))
-        self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
+            policy = Categorical(logits=outputs.unflatten(1, self.bins.shape))
+        return Independent(policy, 1), self.value(obs).squeeze(1)
 
-    def noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-        return rng.gumbel(size=(*shape, *self.actions.shape))  # the largest of logits + noise is a sample of the policy
-
-    def act(self, logits: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
-        """Bins (num_envs, D) from `in_numpy(agent.policy)(obs)`; without noise the most probable ones."""
-        return (logits.reshape(-1, *self.actions.shape) + noise).argmax(-1)
-
-    def to_env(self, bins: np.ndarray) -> np.ndarray:
-        return self.actions[self.dimensions, bins].reshape(len(bins), *self.action_shape)
-
-    def forward(self, obs: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities of these bins, by dimension (batch, D), entropies (batch,), values (batch,)."""
-        logprobs = self.policy(obs).movedim(2, 0).log_softmax(0)  # over so few bins much faster if they come first
-        logprob = logprobs.gather(0, bins.unsqueeze(0)).squeeze(0)
-        return logprob, -(logprobs.exp() * logprobs).sum((0, 2)), self.value(obs)
-
-class GaussianAgent(nn.Module):
-    """Policy and value, separate networks. Observations: (batch, obs_dim). D independent Gaussians of learned standard
-    deviations, clipped to the box; if that is not centred at 0, −1 stands for its lower end and 1 for its upper."""
-
-    def __init__(self, obs_dim: int, space: gym.spaces.Box):
-        super().__init__()
-        self.space, half = space, (space.high - space.low) / 2
-        centred = np.isclose(space.low, -space.high)
-        self.scale, self.shift = np.where(centred, 1, half), np.where(centred, 0, space.low + half)
-        self.policy, self.log_std = mlp(obs_dim, space.low.size, std=0.01), nn.Parameter(torch.zeros(space.low.size))
-        self.value = mlp(obs_dim, 1, std=1.0).append(nn.Flatten(0))
-
-    def noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-        return rng.standard_normal((*shape, len(self.log_std)), np.float32) * self.log_std.exp().numpy(force=True)
-
-    def act(self, mean: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
-        return mean + noise
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
-        action = action.reshape(len(action), *self.space.shape) * self.scale + self.shift
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
-
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities of these actions, by dimension (batch, D), entropies (batch,), values (batch,)."""
-        normal = torch.distributions.Normal(self.policy(obs), self.log_std.exp(), validate_args=False)
-        return normal.log_prob(action), normal.entropy().sum(1), self.value(obs)
-
-def as_vector(network: nn.Module) -> nn.Parameter:
-    """All parameters in one vector, of which they become views: clipping and a step are then a few calls in all."""
-    vector = nn.Parameter(nn.utils.parameters_to_vector(network.parameters()).detach())
-    nn.utils.vector_to_parameters(vector.data, network.parameters())
-    return vector
 
 def ppo_loss(logprob, old_logprob, advantage, clip_coef) -> torch.Tensor:
-    """PPO's clipped loss −min(r·A, clip(r, 1−ε, 1+ε)·A), mean over the batch (Schulman et al., 2017, equation 7).
-    `logprob`, `old_logprob`: (batch, D), a column per action dimension; r is the joint ratio. `advantage`: (batch,)."""
-    ratio = (logprob.sum(1) - old_logprob.sum(1)).exp()
-    return -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
+    """PPO's clipped loss (Schulman et al., 2017, equation 7), of inputs (batch,)."""
+    ratio = (logprob - old_logprob).exp()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantage, clipped * advantage).mean()
 
-def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float) -> np.ndarray:
-    """Generalised advantage estimation (Schulman et al., 2016). A_t = δ_t + γλ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
-    `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,). `dones[t]`: an episode ended with
-    step t, nothing is carried over. For a truncated one the caller adds γ · V(final observation) to the last reward."""
-    following_values = np.concatenate((values[1:], next_value[np.newaxis]))
-    advantages = rewards + gamma * following_values * ~dones - values  # δ_t, to which the loop adds γλ A_{t+1}
-    decay = np.where(dones, 0, gamma * gae_lambda).astype(values.dtype)
-    for t in reversed(range(len(rewards) - 1)):
-        advantages[t] += decay[t] * advantages[t + 1]
+
+def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
+    """Generalised advantage estimation (Schulman et al., 2016): A_t = δ_t + γλ A_{t+1} with
+    δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
+    No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
+    advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
-def normalize(advantages: torch.Tensor) -> torch.Tensor:
-    """Advantages (…, samples) with mean 0 and standard deviation 1 in each row."""
-    return (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
 
-def flip_rewards(reward: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """Binary symmetric channel: each reward becomes 1 − reward with `probability`. On average (1 − 2p) · reward + p.
-    Zeros become ones too, on every step; −1 becomes 2. That is the released code's formula."""
-    return np.where(rng.random(reward.shape) < probability, 1 - reward, reward)
+def normalize(advantage: torch.Tensor) -> torch.Tensor:
+    """Advantages (batch,) with mean 0 and standard deviation 1."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
-def add_noise(reward: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray:
-    """Adds Gaussian noise with mean 0 and this standard deviation to (normalised) rewards."""
-    return reward + std * rng.standard_normal(reward.shape, dtype=reward.dtype)
 
-def flip_signs(advantage: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
-    """Each advantage (batch,) changes its sign with `probability` (`adv_flip` in the released code)."""
-    return advantage * torch.from_numpy(np.where(rng.random(len(advantage)) < probability, -1, 1)).to(advantage)
+def add_noise(reward: torch.Tensor, noise: float, is_game: bool) -> torch.Tensor:
+    """The released code's noise. On Atari each reward becomes 1 - reward with probability `noise`;
+    elsewhere `noise` is the standard deviation of Gaussian noise on the normalised reward."""
+    if is_game:
+        return torch.where(torch.rand_like(reward) < noise, 1 - reward, reward)
+    return reward + noise * torch.randn_like(reward)
 
-class Rollout:
-    """The steps of one iteration; arrays of shape (num_steps, num_envs, …)."""
 
-    def __init__(self, num_steps: int, obs: np.ndarray, action_dims: int, action_dtype: type = np.int64):
-        shape = (num_steps, len(obs))
-        self.obs = np.zeros((num_steps, *obs.shape), obs.dtype)
-        self.actions = np.zeros((*shape, action_dims), action_dtype)
-        self.logprobs = np.zeros((*shape, action_dims), np.float32)  # log π_old, for PPO's ratio
-        self.values, self.rewards, self.bootstraps = np.zeros((3, *shape), np.float32)  # V(final obs) where truncated
-        self.dones, self.valid = np.zeros(shape, bool), np.ones(shape, bool)
-        self.finished = []  # (step, mean return, mean length) of the episodes that ended, one entry per step
+def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
+    """Each advantage changes its sign with `probability` (`adv_flip` in the released code)."""
+    return torch.where(torch.rand_like(advantage) < probability, -advantage, advantage)
+
 
 @torch.no_grad()
-def collect_games(games: Games, agent: AtariAgent, rollout: Rollout, rng: np.random.Generator) -> None:
-    """Plays the policy and overwrites `rollout` with what happened."""
-    rollout.finished, rollout.bootstraps[:] = [], 0
-    for t in range(len(rollout.obs)):
-        rollout.obs[t] = games.obs
-        rollout.actions[t], rollout.logprobs[t], rollout.values[t] = agent.act(games.obs, rng)
-        rollout.rewards[t], terminated, truncated, final_obs = games.step(rollout.actions[t])
-        rollout.dones[t], rollout.valid[t] = terminated | truncated, games.valid
-        cut = truncated & ~terminated
-        if cut.any():  # the value of the last observation, not of the next game's first
-            rollout.bootstraps[t, cut] = agent.act(final_obs[cut], rng)[2]
-        if games.over.any():
-            rollout.finished.append((t, games.score[games.over].mean(), games.length[games.over].mean()))
-    rollout.next_value = agent.act(games.obs, rng)[2]
+def collect(envs, agent: nn.Module, num_steps: int, device) -> tuple[dict, list]:
+    """Acts with the present policy. Returns tensors (num_steps, num_envs, …) of what happened, and
+    (step, return, length) of the episodes that ended."""
+    rollout = defaultdict(list)
+    finished = []
+    for t in range(num_steps):
+        obs = torch.tensor(envs.obs, device=device)
+        policy, value = agent(obs)
+        action = policy.sample()
+        rollout["valid"].append(torch.from_numpy(~envs.must_fire).to(device))  # else it is FIRE
+        reward, done = envs.step(action.cpu().numpy())
+        bootstrap = torch.zeros_like(value)
+        if envs.truncated.any():  # what would have followed is worth V
+            _, last_value = agent(torch.from_numpy(envs.last_obs).to(device))
+            bootstrap = last_value * torch.from_numpy(envs.truncated).to(device)
+        rollout["obs"].append(obs)
+        rollout["actions"].append(action)
+        rollout["logprobs"].append(policy.log_prob(action))
+        rollout["values"].append(value)
+        rollout["bootstraps"].append(bootstrap)
+        rollout["rewards"].append(torch.from_numpy(reward).to(device))
+        rollout["dones"].append(torch.from_numpy(done).to(device))
+        finished += [(t, envs.score[i], envs.length[i]) for i in np.flatnonzero(envs.over)]
+    _, next_value = agent(torch.from_numpy(envs.obs).to(device))
+    rollout["next_values"] = [*rollout["values"][1:], next_value]
+    return {name: torch.stack(steps) for name, steps in rollout.items()}, finished
 
-@torch.inference_mode()
-def collect_episodes(envs: Environments, agent: nn.Module, rollout: Rollout, rng: np.random.Generator) -> None:
-    """Plays the policy and overwrites `rollout` with what happened."""
-    policy, value, noise = in_numpy(agent.policy), in_numpy(agent.value), agent.noise(rollout.dones.shape, rng)
-    rollout.finished, rollout.bootstraps[:] = [], 0
-    for t in range(len(rollout.obs)):
-        rollout.obs[t] = envs.obs
-        rollout.actions[t] = action = agent.act(policy(envs.obs), noise[t])
-        rollout.rewards[t], terminated, truncated, final_obs = envs.step(agent.to_env(action))
-        rollout.dones[t] = envs.over
-        if envs.over.any():
-            cut = truncated & ~terminated
-            rollout.bootstraps[t, cut] = value(final_obs[cut])[:, 0]
-            rollout.finished.append((t, envs.score[envs.over].mean(), envs.length[envs.over].mean()))
-    device, shape = next(agent.parameters()).device, rollout.dones.shape
-    obs, actions = (torch.from_numpy(x).to(device).flatten(0, 1) for x in (rollout.obs, rollout.actions))
-    logprobs, _, values = (x.numpy(force=True) for x in agent(obs, actions))  # all at once: faster than step by step
-    rollout.logprobs, rollout.values = logprobs.reshape(*shape, -1), values.reshape(shape)  # log π_old, V
-    rollout.next_value = value(envs.obs)[:, 0]
 
-def gradient(agent, obs, action, old_logprob, advantage, returns, clip_coef, args: Args):
-    """Gradient of the loss of a minibatch, clipped, in one vector; the losses that are logged; log π (batch, D)."""
-    logprob, entropy, value = agent(obs, action)
-    forward_loss = ppo_loss(logprob, old_logprob, advantage, clip_coef)
-    policy_loss = args.pg_coef * forward_loss
-    value_loss, entropy = nn.functional.mse_loss(value, returns), entropy.mean()
-    loss = policy_loss - (args.ent_coef * entropy if args.ent_coef else 0) + args.vf_coef * value_loss
-    grad = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
-    losses = torch.stack((policy_loss, forward_loss, value_loss, entropy, norm := grad.norm())).detach()
-    return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), losses, logprob.detach()
+def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip_coef, args: Args):
+    """The loss, and what is logged of it. All inputs but the observations: (batch,)."""
+    advantage = normalize(raw_advantage) if args.norm_adv else raw_advantage
+    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
+        policy, value = agent(obs)
+    logprob = policy.log_prob(action)
+    policy_loss = args.pg_coef * ppo_loss(logprob, old_logprob, advantage, clip_coef)
+    value_loss = nn.functional.mse_loss(value, returns)
+    entropy = policy.entropy().mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-def update(agent, optimizer, batch, samples, clip_coef, args: Args, rng, gradient=gradient) -> dict[str, float]:
-    """Steps on the loss of the rows `samples` of a batch: obs, actions, log π_old, advantages, returns; means."""
-    (parameters,), losses, means = optimizer.param_groups[0]["params"], [], []
+    ratio = (logprob - old_logprob).exp()
+    logged = {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
+    }
+    return loss, {tag: value.detach() for tag, value in logged.items()}
+
+
+def update(agent, optimizer, batch, clip_coef, args: Args) -> dict:
+    """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
+    history = []
     for _ in range(args.update_epochs):
-        b_inds = torch.from_numpy(rng.permutation(samples)).to(parameters.device)
-        obs, actions, old_logprobs, advantages, returns = (x.index_select(0, b_inds) for x in batch)
-        advantages = flip_signs(advantages, args.advantage_noise, rng).view(args.num_minibatches, -1)
-        normalized, new_logprobs = normalize(advantages) if args.norm_adv else advantages, []
-        epoch = (obs, actions, old_logprobs, normalized.flatten(), returns)
-        for minibatch in zip(*(x.chunk(args.num_minibatches) for x in epoch)):
-            parameters.grad, logged, logprob = gradient(agent, *minibatch, clip_coef, args)
+        inds = torch.randperm(len(batch[0]))
+        for minibatch in zip(*(x[inds].chunk(args.num_minibatches) for x in batch)):
+            obs, action, old_logprob, advantage, returns = minibatch
+            advantage = flip_signs(advantage, args.advantage_noise)
+            loss, logged = minibatch_loss(
+                agent, obs, action, old_logprob, advantage, returns, clip_coef, args
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            losses.append(logged)
-            new_logprobs.append(logprob)
-        ratio = (logratio := (torch.cat(new_logprobs) - old_logprobs).sum(1)).exp()
-        clipped, flipped = (ratio - 1).abs() > clip_coef, normalized.sign() != advantages.sign()
-        means.append(torch.stack([x.float().mean() for x in (-logratio, ratio - 1 - logratio, clipped, flipped)]))
-    return dict(zip(TAGS, torch.cat((torch.stack(losses).mean(0), torch.stack(means).mean(0))).tolist()))
+            history.append(logged | {"losses/grad_norm": grad_norm})
+    return {tag: torch.stack([x[tag] for x in history]).mean().item() for tag in history[0]}
 
-@torch.inference_mode()
-def evaluate_games(agent: AtariAgent, args: Args, stop: list, video: Path, max_steps: float = np.inf) -> np.ndarray:
-    """Raw scores (eval_episodes,) of full games in environments of their own, actions sampled, same seeds each time."""
-    rng, scores = np.random.default_rng([args.seed, 0, 4]), np.full(args.eval_episodes, np.nan)
-    games = Games(args, rng.integers(2**31, size=args.eval_episodes))
-    with imageio.get_writer(video, fps=15) if args.capture_video else contextlib.nullcontext() as writer:
-        while np.isnan(scores).any() and not stop and games.length.max() < max_steps:
-            if args.capture_video and np.isnan(scores[0]):
-                writer.append_data(games.obs[0, :, :, -1].repeat(4, 0).repeat(4, 1))
-            games.step(agent.act(games.obs, rng)[0])
-            scores = np.where(games.over & np.isnan(scores), games.score, scores)
+
+@torch.no_grad()
+def evaluate(agent: nn.Module, envs, args: Args, device: torch.device) -> np.ndarray:
+    """Raw returns (eval_episodes,), the same seeds each time. In environments that are not games,
+    actions are the most probable ones and the statistics those of training."""
+    set_seeds(args.seed, "evaluation")
+    scores = np.full(args.eval_episodes, np.nan)
+    envs = type(envs)(args, args.eval_episodes, envs.stats)
+    while np.isnan(scores).any():
+        policy, _ = agent(torch.from_numpy(envs.obs).to(device))
+        action = policy.sample() if envs.is_game else policy.mode
+        envs.step(action.cpu().numpy())
+        scores = np.where(envs.over & np.isnan(scores), envs.score, scores)
     return scores
 
-@torch.inference_mode()
-def evaluate_episodes(agent, envs, args: Args, stop: list, video: Path, max_steps: float = 100_000) -> np.ndarray:
-    """Raw returns (eval_episodes,), most probable actions, the frozen statistics of `envs`, same seeds every time."""
-    env = make_env(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    policy, returns = in_numpy(agent.policy), np.zeros(args.eval_episodes)
-    with imageio.get_writer(video, fps=30) if args.capture_video else contextlib.nullcontext() as writer:
-        for episode, seed in enumerate(np.random.default_rng([args.seed, 0, 4]).integers(2**31, size=len(returns))):
-            (obs, _), over, length = env.reset(seed=int(seed)), False, 0
-            while not over and not stop and length < max_steps:
-                if args.capture_video and episode == 0:
-                    writer.append_data(env.render())
-                action = agent.act(policy(envs.normalize(obs)[np.newaxis]))
-                obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
-                over, length = terminated or truncated, length + 1
-                returns[episode] += np.asarray(reward).item()
-    env.close()
-    return returns
 
-class Forgiving(contextlib.suppress, contextlib.ContextDecorator):
-    """Makes a function ignore exceptions: output that cannot be written, be it `| head` or an ASCII γ, ends no run."""
+def set_seeds(*names) -> None:
+    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    random.seed(" ".join(map(str, names)))
+    np.random.seed(random.getrandbits(32))
+    torch.manual_seed(random.getrandbits(63))
 
-def save(path: Path, **state) -> None:
-    """Whatever happens meanwhile, `path` is a whole file: the old one or the new one."""
+
+def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
+    """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def read_flags() -> tuple[Args, dict | None]:
+    """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
+    atari = any("ALE/" in word for word in sys.argv[1:])
+    args = tyro.cli(Args, default=Args(**ATARI_DEFAULTS) if atari else Args())
+    checkpoint = None
     try:
-        with open(temporary := path.with_suffix(".tmp"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if args.resume:
+            path = Path(args.resume, "checkpoint.pt")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
+        validate(args)
+    except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
+        print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
+        sys.exit(2)
+    return args, checkpoint
 
-def read_flags() -> tuple[Args, dict]:
-    """The flags and, to resume a run, its checkpoint, which cannot run code and whose flags hold unless typed anew."""
-    kind = make_dataclass("Kind", [("env_id", str, Args.env_id)])  # first only this, on which the defaults depend
-    env_id = tyro.cli(kind, return_unknown_args=True, add_help=False)[0].env_id
-    args = tyro.cli(Args, default=Args(env_id, **ATARI_DEFAULTS if env_id in ATARI_IDS else {}))
-    saved = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True) if args.resume else {}
-    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume})) if saved else args, saved
 
-def main(args: Args, saved: dict | None = None) -> None:
-    saved, batch_size = saved or {}, args.num_envs * args.num_steps
-    done, num_iterations = saved.get("iteration", 0), args.total_timesteps // batch_size
-    device = args.cuda and torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # float32 is float32
-    torch.set_num_threads(args.torch_threads or min(torch.get_num_threads(), 8))
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed % 2**32)
-    torch._dynamo.config.trace_autograd_ops = True  # lets --compile see the backward pass, too
-    step_gradient = torch.compile(gradient, fullgraph=True) if args.compile else gradient
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX, and M_TRIM_THRESHOLD below: freed memory is kept, since getting
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # it anew was a quarter of an update
-        with contextlib.suppress(OSError):  # a thread that wakes waits for a core instead of taking another's
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    seeds = np.random.default_rng([args.seed, done, 3]).integers(2**31, size=args.num_envs)
-    if args.env_id in ATARI_IDS:
-        envs = Games(args, seeds)
-        agent = AtariAgent(envs.num_actions, args.bf16).to(device)
-        collect, evaluate, evaluated, noise = collect_games, evaluate_games, (agent,), flip_rewards
-        rollout = Rollout(args.num_steps, envs.obs, action_dims=1)
-    else:
-        envs = Environments(args, seeds, saved.get("stats", ()))
-        space, size = envs.envs[0].action_space, envs.obs.shape[1]
-        gaussian = args.policy == "gaussian" and isinstance(space, gym.spaces.Box)
-        agent = (GaussianAgent(size, space) if gaussian else BinnedAgent(size, space, args.num_bins)).to(device)
-        collect, evaluate, evaluated, noise = collect_episodes, evaluate_episodes, (agent, envs), add_noise
-        action = agent.act(in_numpy(agent.policy)(envs.obs))
-        rollout = Rollout(args.num_steps, envs.obs, action.shape[1], action.dtype)
-    optimizer = torch.optim.Adam([parameters := as_vector(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    agent.load_state_dict(saved.get("agent", agent.state_dict()))
-    optimizer.load_state_dict(saved.get("optimizer", optimizer.state_dict()))
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    (run := Path(args.resume or f"runs/{name}")).mkdir(parents=True, exist_ok=bool(args.resume))
+def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
+    """The run's folder and TensorBoard's writer in it; with --track also a run of W&B."""
+    game = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"{game}__{Path(__file__).stem}__{args.seed}__{int(time.time() * 1000)}"
+    run = Path(args.resume or f"runs/{name}")
     if args.track:
         import wandb
-        wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run, purge_step=done * batch_size + 1)  # drops what was logged after the checkpoint
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", done * batch_size + 1)
-    stop, usual = [], {}  # the first signal ends the iteration and saves, a second acts as usual; 1: ignored (nohup)
-    for number in [s for s in signal.Signals if s.name[3:] in "INT TERM HUP USR1".split() and signal.getsignal(s) != 1]:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            usual[number] = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, usual[n])))
-    print(run, "on", device, {key: x for key, x in asdict(args).items() if saved and x != saved["args"][key]} or "")
-    evaluate(*evaluated, args, stop, run / "0.mp4", max_steps=1)  # a trial: what it lacks shows now
-    progress = tqdm(range(done, num_iterations + 1), initial=done, total=num_iterations, unit=" steps",
-                    unit_scale=batch_size, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
-    for iteration in progress:
-        step, last = iteration * batch_size, iteration == num_iterations
-        evaluation_due = last or 0 < args.eval_interval <= step and step % args.eval_interval < batch_size
-        checkpoint_due = 0 < args.checkpoint_interval <= step and step % args.checkpoint_interval < batch_size
-        if saving := evaluation_due or checkpoint_due or bool(stop):
-            writer.flush()  # a checkpoint's curves are on disk before it is
-            save(run / "checkpoint.pt", args=asdict(args), iteration=iteration, agent=agent.state_dict(),
-                 optimizer=optimizer.state_dict(), stats=[{name: torch.tensor(x) for name, x in vars(stats).items()}
-                                                          for stats in getattr(envs, "stats", ())])  # fmt: skip
-        if evaluation_due and not stop:
-            scores = evaluate(*evaluated, args, stop, run / f"{step}.mp4")
-            if not stop:  # logged at step + 1: a resumed run evaluates again and drops this
-                writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
-                tqdm.write(f"score at {step} steps: {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)")
-        if last or saving and stop:
+
+        wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
+    print(run)
+    return run, writer
+
+
+def make(args: Args, device: torch.device) -> tuple:
+    """The environments, and an agent for their kind."""
+    if "game" in gym.spec(args.env_id).kwargs:
+        envs = Games(args, args.num_envs)
+        agent = AtariAgent(envs.num_actions)
+        return envs, agent.to(device, memory_format=torch.channels_last)
+    envs = Environments(args, args.num_envs)
+    return envs, ControlAgent(envs.obs.shape[1], envs.space, envs.bins).to(device)
+
+
+def main(args: Args, checkpoint: dict | None = None) -> None:
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    done = checkpoint["iteration"] if checkpoint else 0
+
+    set_seeds(args.seed, "start", done)
+    envs, agent = make(args, device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    parts = dict(agent=agent, optimizer=optimizer, **envs.stats)
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        envs.reset()
+    run, writer = start_logging(args, first_step=done * batch_size + 1)
+
+    for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
+        step = iteration * batch_size
+        last = iteration == num_iterations
+        evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
+        if evaluating or step % args.checkpoint_interval < batch_size:
+            writer.flush()
+            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
+        if evaluating:
+            scores = evaluate(agent, envs, args, device)
+            tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
+        if last:
             break
-        start_time, remaining = time.time(), 1 - iteration / num_iterations
+
+        start_time = time.time()
+        set_seeds(args.seed, "iteration", iteration)
+        remaining = 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
-        act_rng, minibatch_rng, noise_rng = (np.random.default_rng([args.seed, iteration, i]) for i in range(3))
-        random.seed(f"{args.seed} {iteration}")  # for environments that draw from global generators
-        np.random.seed([args.seed % 2**32, iteration])
-        with torch.autocast(device.type, torch.bfloat16, enabled=getattr(agent, "bf16", False)):  # casts weights once
-            collect(envs, agent, rollout, act_rng)
-        rewards = noise(rollout.rewards, args.reward_noise, noise_rng) + args.survival_bonus
-        bootstraps, valid = args.gamma * rollout.bootstraps, rollout.valid
-        context = (rollout.values, rollout.dones, rollout.next_value, args.gamma, args.gae_lambda)
-        advantages, clean_advantages = (gae(x + bootstraps, *context) for x in (rewards, rollout.rewards))
-        returns = advantages + rollout.values
-        samples = np.flatnonzero(valid)  # FIRE rows are left out; others, drawn at random, take their places
-        samples = np.append(samples, minibatch_rng.choice(samples, batch_size - len(samples)))
-        arrays = (rollout.obs, rollout.actions, rollout.logprobs, advantages, returns)
-        batch = [torch.from_numpy(x).to(device).flatten(0, 1) for x in arrays]
-        stats = update(agent, optimizer, batch, samples, clip_coef, args, minibatch_rng, step_gradient)
-        stats["losses/mean_weight"] = args.pg_coef
-        stats["losses/explained_variance"] = 1 - advantages[valid].var() / (returns[valid].var() + 1e-8)
-        stats["advantage/sign_flips_noise"] = (np.sign(advantages) != np.sign(clean_advantages))[valid].mean()
-        stats["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        stats["charts/SPS"] = batch_size / (time.time() - start_time)
-        if not np.isfinite([*stats.values(), parameters.norm().item()]).all():
-            raise FloatingPointError(f"not finite: {step=}, {rollout.obs.mean()=}, {rollout.rewards.mean()=}, {stats}")
-        for tag, value in stats.items():
+        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1))
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            rollout, finished = collect(envs, agent, args.num_steps, device)
+
+        rewards = add_noise(rollout["rewards"], args.reward_noise, envs.is_game)
+        values, dones = rollout["values"], rollout["dones"]
+        next_values = rollout["next_values"] * ~dones + rollout["bootstraps"]
+        advantages = gae(rewards, values, next_values, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values
+
+        batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
+        batch = [x[rollout["valid"]] for x in batch]  # of shape (samples, …)
+        logs = update(agent, optimizer, batch, clip_coef, args)
+
+        logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
+        logs["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        logs["charts/SPS"] = batch_size / (time.time() - start_time)
+        if not np.isfinite(list(logs.values())).all():
+            raise FloatingPointError(f"not finite at step {step}: {logs}")
+        for tag, value in logs.items():
             writer.add_scalar(tag, value, step + batch_size)
-        for t, episodic_return, length in rollout.finished:
-            writer.add_scalar("charts/episodic_return", episodic_return, step + (t + 1) * args.num_envs)
+        for t, score, length in finished:
+            writer.add_scalar("charts/episodic_return", score, step + (t + 1) * args.num_envs)
             writer.add_scalar("charts/episodic_length", length, step + (t + 1) * args.num_envs)
-            progress.set_postfix_str(f"return {episodic_return:.1f}", refresh=False)
     writer.close()
-    for number, handler in usual.items():
-        signal.signal(number, handler)
-    if stop:
-        print(f'stopped; to go on: python "{sys.argv[0]}" --resume "{run}"')
-        sys.exit(128 + stop[0])
+
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace", line_buffering=True)
-        stream.write, stream.flush = (Forgiving(OSError, ValueError)(f) for f in (stream.write, stream.flush))
-    try:
-        args, saved = read_flags()
-        validate(args)
-    except (ValueError, OSError, gym.error.Error) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    main(args, saved)
+    main(*read_flags())
 
 # /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "ale-py==0.12.1", "mujoco==4.0.0",
-#   "box2d==2.3.10","pygame-ce==2.5.8","tyro==1.0.17","tensorboard==2.21.0","tqdm==4.70.1","imageio[ffmpeg]==2.38.1"]
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "ale-py==0.12.1",
+#   "mujoco==4.0.0", "box2d==2.3.10", "pygame-ce==2.5.8", "tyro==1.0.17", "tensorboard==2.21.0",
+#   "tqdm==4.70.1"]
 # ///

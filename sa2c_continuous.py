@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """SA2C with discretised actions. Defaults are Stable-Baselines3's of A2C but for `num_steps`."""
+    """SA2C with discretised actions. Defaults are those of Stable-Baselines3, but `num_steps`."""
 
     env_id: str = "Hopper-v5"  # observations become flat; actions are `Discrete` or a bounded `Box`
     seed: int = 1  # seed of weights, environments, actions and noise
