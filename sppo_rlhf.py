@@ -1,19 +1,16 @@
 """SPPO for language models: PPO with the symmetric loss of Byun and Perrault (ICML 2025,
-arXiv 2405.17618), per token. A language model, the policy, continues prompts; a reward model scores
-the texts. Each token of a response is an action, up to and including the first that ends it. π is
-the probability of the token that was sampled, π_old its probability when it was sampled,
-r = π / π_old their ratio, and A the advantage. The policy loss has two terms:
+arXiv 2405.17618), per token. The policy, a language model, continues prompts; a reward model scores
+the texts. Each token of a response is an action, up to and including the first that ends it. With
+its probability π, π_old when it was sampled, their ratio r = π / π_old, and its advantage A:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
     reverse = -m · A · Z · (1 - π) / π_old      reverse cross-entropy; Z < 0 stands in for log 0,
                                                 m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse + vf_coef · value loss
 
-With α = 1 and β = 0 this is PPO. The gradient of `reverse` is |Z| times the gradient of `forward`:
-`--alpha 0.9 --beta 0` trains the same as the defaults, but for rounding. Without the division by
-π_old (`--no-importance-weighted-reverse`, the plain form) the two terms really differ.
-
-One iteration:
+α = 1, β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`, so `--alpha 0.9
+--beta 0` trains the same as the defaults, but for rounding. Without the division by π_old, the plain
+form (`--no-importance-weighted-reverse`), the two really differ. One iteration:
 
     1. sample responses to prompts, and score them                  collect_responses
     2. reward each token with -kl_coef · log(π_old / π_ref), the
@@ -27,7 +24,6 @@ One iteration:
 import contextlib
 import copy
 import csv
-import itertools
 import json
 import os
 import random
@@ -50,7 +46,7 @@ from tqdm import tqdm
 
 MAY_BE_0 = """reward_label top_k seed lora_rank gamma gae_lambda vf_coef kl_coef alpha beta
     missing_end_penalty reward_noise advantage_noise eval_interval torch_threads""".split()
-ROLLOUT = "tokens attention mask ended logprobs ref_logprobs values texts responses scores"
+ROLLOUT = "tokens attention mask ended logprobs ref_logprobs values texts scores"
 Rollout = namedtuple("Rollout", ROLLOUT)
 
 
@@ -70,7 +66,6 @@ class Args:
     response_length: int = 24  # tokens at most
     temperature: float = 1.0  # divides the logits wherever probabilities are computed
     top_k: int = 0  # sample among the k likeliest tokens, not the policy: KL can be < 0; 0: all
-
     # PPO
     seed: int = 1  # seed of the value's head, prompts, samples, minibatches and noise
     total_episodes: int = 1920  # responses; the last incomplete batch is left out
@@ -89,17 +84,14 @@ class Args:
     kl_coef: float = 0.02  # weight of the KL penalty
     missing_end_penalty: float = 0.0  # taken off the score of a response that does not end
     max_grad_norm: float = 1.0  # largest norm of the gradient, of policy and value together
-
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (PPO) term
     beta: float = 0.4  # weight of the reverse term
     Z: float = -1.0  # stands in for log 0, negative; only beta * Z matters
     importance_weighted_reverse: bool = True  # divide the reverse term by the old probability
-
     # noise that the learner sees; reported scores are clean
     reward_noise: float = 0.0  # std of Gaussian noise on scores, in units of the batch's std
     advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
-
     # the run
     eval_interval: int = 0  # responses between evaluations; 0: before and after training
     eval_episodes: int = 128  # prompts held out for evaluations, the first ones of the file
@@ -113,14 +105,14 @@ class Args:
 def validate(args: Args) -> None:
     """Raises ValueError for flags that would quietly train something else."""
     for name, value in vars(args).items():
+        may_be_0 = name in MAY_BE_0
         if type(value) in (int, float) and name != "Z":
-            if not (value > 0 or value == 0 and name in MAY_BE_0):
-                raise ValueError(f"{name} must be positive{' or 0' * (name in MAY_BE_0)}")
+            if not (value > 0 or may_be_0 and value == 0):
+                raise ValueError(f"{name} must be positive{' or 0' * may_be_0}")
     minibatch_size = args.batch_size / args.num_minibatches
-    if minibatch_size % 1 or minibatch_size < 1 + args.norm_adv:
-        raise ValueError(f"num_minibatches must divide the {args.batch_size} responses of a batch")
-    if args.batch_size > args.total_episodes:
-        raise ValueError("total_episodes must be at least batch_size")
+    too_small = minibatch_size < 1 + args.norm_adv or args.total_episodes < args.batch_size
+    if minibatch_size % 1 or too_small:
+        raise ValueError("batch_size must divide by num_minibatches and fit total_episodes")
     if not args.Z < 0 or max(args.gamma, args.gae_lambda, args.advantage_noise) > 1:
         raise ValueError("Z must be negative; gamma, gae_lambda, advantage_noise at most 1")
 
@@ -131,8 +123,8 @@ def refusing():
     try:
         yield
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        print(f"{Path(__file__).name}: {reason.splitlines()[0]}", file=sys.stderr)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(__file__).name}: {reason:.400}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -146,39 +138,38 @@ def read_prompts(args: Args) -> list[str | list[dict]]:
             lines = [line for line in file if line.strip()]
             is_array = lines[0].lstrip().startswith("[")
             rows = json.loads("".join(lines) if is_array else f"[{','.join(lines)}]")
-    prompts = []
-    for number, row in enumerate(rows, 1):
-        prompt = row.get(args.prompt_column) or "" if isinstance(row, dict) else None
-        is_chat = isinstance(prompt, list) and all("content" in dict(x) for x in prompt)
-        if not is_chat and not isinstance(prompt, str):
-            raise ValueError(f"{args.prompts}: row {number} has no text or messages: {row!s:.50}")
-        prompts.extend([prompt] if is_chat or prompt.strip() else [])
-    needed = args.eval_episodes + args.batch_size
-    if len(prompts) < needed:
-        found = f"{len(prompts)} prompts in the column {args.prompt_column}"
-        raise ValueError(f"{args.prompts}: {found}; evaluation and a batch need {needed}")
+    prompts = [row.get(args.prompt_column) or "" if isinstance(row, dict) else 0 for row in rows]
+    prompts = [prompt for prompt in prompts if prompt == 0 or str(prompt).strip()]
+    for number, prompt in enumerate(prompts, 1):
+        is_chat = isinstance(prompt, list) and all(isinstance(x, dict) for x in prompt)
+        if not (is_chat if isinstance(prompts[0], list) else isinstance(prompt, str)):
+            raise ValueError(f"{args.prompts}: prompt {number} is no text, or not chat as the rest")
+    if len(prompts) < args.eval_episodes + args.batch_size:
+        found = f"{len(prompts)} prompts in column {args.prompt_column}"
+        raise ValueError(f"{args.prompts}: {found}, less than eval_episodes + batch_size")
     return prompts
 
 
 def load(kind, name: str, dtype) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """A pretrained model and its tokenizer, which knows the largest length. Dropout is off: with it
-    π were not the probability of what was sampled. Raises ValueError where weights are missing, for
-    example a head: they would be random."""
+    """A pretrained model without dropout, so that π is what was sampled, and its tokenizer. Raises
+    ValueError where a head or other weights are missing: they would be random."""
     model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    if found["missing_keys"]:
-        missing = min(found["missing_keys"])
-        raise ValueError(f"{name} has no trained {missing}, which {kind.__name__} needs")
+    heads = {key for key in found["unexpected_keys"] if key.startswith(("score", "classifier"))}
+    if found["missing_keys"] or heads:
+        names = sorted(found["missing_keys"] or heads)
+        raise ValueError(f"{name} does not fit {kind.__name__}: look at its {names[0]}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     size = max(tokenizer.get_vocab().values()) + 1
     known = model.get_input_embeddings().weight.shape[0]
     if size > known:
         raise ValueError(f"{name}: its tokenizer has {size} tokens, its embeddings have {known}")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    for module_name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None) if "position" in module_name else None
-        if padding is not None:  # RoBERTa and its kind count positions from there
-            positions = module.num_embeddings - padding - 1
+    embeddings = [module for path, module in model.named_modules() if "position" in path]
+    padding = [x.padding_idx + 1 for x in embeddings if getattr(x, "padding_idx", None) is not None]
+    positions -= max(padding, default=0)  # RoBERTa and its kind count from there
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return model.eval(), tokenizer
 
 
@@ -188,10 +179,8 @@ class Judge:
     def __init__(self, name: str, args: Args, device: torch.device):
         kind = transformers.AutoModelForSequenceClassification
         self.model, self.tokenizer = load(kind, name, "auto")
-        self.model.to(device)
-        self.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        self.device = self.model.to(device).device
         self.tokenizer.padding_side = "right"  # on the left GPT-2's positions shift
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.label = args.reward_label
         self.batch_size = args.micro_batch_size
@@ -206,26 +195,26 @@ class Judge:
         for first in range(0, len(texts), self.batch_size):
             part = texts[first : first + self.batch_size]
             batch = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
-            with torch.autocast(self.model.device.type, enabled=False):
-                logits = self.model(**batch.to(self.model.device)).logits.float()
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self.model(**batch.to(self.device)).logits.float()
             scores.append(logits if logits.shape[1] == 1 else logits.softmax(1)[:, [self.label]])
         return torch.cat(scores).squeeze(1)
 
 
 class LanguageAgent(nn.Module):
-    """Policy and value, two networks, and the reference, which is the policy before training.
-    `tokens` and `attention` are (batch, P + T): prompts, padded on the left, then responses of T
-    tokens; attention is 0 for padding."""
+    """Policy, value, and reference, the policy before training. `tokens` and `attention`, 0 for
+    padding, are (batch, P + T): prompts, padded on the left, then responses."""
 
     def __init__(self, args: Args):
         super().__init__()
         dtype = torch.bfloat16 if args.bf16 and args.lora_rank else torch.float32
-        self.value, _ = load(transformers.AutoModel, args.model, dtype)
         self.policy, self.tokenizer = load(transformers.AutoModelForCausalLM, args.model, dtype)
+        self.value, _ = load(transformers.AutoModel, args.model, dtype)
         length = self.tokenizer.model_max_length
         if args.prompt_length + args.response_length > length:
             raise ValueError(f"prompt_length and response_length: {args.model} has {length} tokens")
         self.tokenizer.model_max_length = args.prompt_length
+        self.tokenizer.padding_side = "left"
         alike = torch.tensor([[0, 1, 2], [0, 1, 0]])  # but for the last token
         for network in (self.policy, self.value):
             output = network(alike)[0][:, :2].detach().float()
@@ -233,27 +222,25 @@ class LanguageAgent(nn.Module):
                 raise ValueError(f"{args.model} reads ahead: it is no causal language model")
         self.value_head = nn.Linear(output.shape[-1], 1)
 
+        self.temperature = args.temperature
         self.loaded_settings = self.policy.generation_config
         ends = self.loaded_settings.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
         self.ends = sorted(ends - {None})
-        self.padding = self.ends[0] if self.ends else 0  # masks say what is padding
         self.appends_end = self.tokenizer("a")["input_ids"][-1] in self.ends
-        self.temperature = args.temperature
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
-        sampling |= {"eos_token_id": self.ends or None, "pad_token_id": self.padding}
-        sampling = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
-        self.policy.generation_config = sampling
+        stopping = {"max_new_tokens": args.response_length, "eos_token_id": self.ends or None}
+        stopping |= {"pad_token_id": self.tokenizer.pad_token_id}
+        self.policy.generation_config = transformers.GenerationConfig(**sampling, **stopping)
 
-        self.reference = None if args.lora_rank else copy.deepcopy(self.policy)
-        if args.lora_rank:  # two models: of two adapters on one, peft trains only the active one
-            has_default = self.policy.config.model_type in LORA_TARGETS
-            lora = {"target_modules": None if has_default else "all-linear"}
-            lora |= {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+        self.reference = None
+        if not args.lora_rank:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        else:  # two models: of two adapters on one, peft trains only the active one
+            lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+            lora["target_modules"] = LORA_TARGETS.get(self.policy.config.model_type, "all-linear")
             self.policy = peft.get_peft_model(self.policy, peft.LoraConfig(**lora))
             self.value = peft.get_peft_model(self.value, peft.LoraConfig(**lora))
-        else:
-            self.reference.requires_grad_(False)
         self.eval()
 
     def run(self, network, tokens, attention, **options):
@@ -276,16 +263,6 @@ class LanguageAgent(nn.Module):
         """Values (batch, T) of the texts before each of the responses' tokens."""
         hidden = self.run(self.value, tokens, attention).last_hidden_state[:, -T - 1 : -1]
         return self.value_head(hidden.float()).squeeze(2).float()
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {name: x for name, x in self.named_parameters() if x.requires_grad}
-
-    def load_trained(self, saved: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError where what was saved is not what is to be trained."""
-        shapes = [{name: x.shape for name, x in y.items()} for y in (saved, self.trained())]
-        if shapes[0] != shapes[1]:
-            raise ValueError("the checkpoint has other weights than this model and lora_rank")
-        self.load_state_dict(saved, strict=False)  # what is frozen was loaded
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
@@ -327,49 +304,45 @@ def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
     return torch.where(torch.rand_like(advantage) < probability, -advantage, advantage)
 
 
-def encode_prompts(agent: LanguageAgent, prompts) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_prompts(tokenizer, prompts, appended: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and attention (batch, P), padded on the left; of long prompts the end is kept."""
-    rows = []
-    for prompt in prompts:
-        is_text = isinstance(prompt, str)
-        if not is_text:
-            template = {"tokenize": False, "add_generation_prompt": True}
-            prompt = agent.tokenizer.apply_chat_template(prompt, **template)
-        row = agent.tokenizer(prompt, add_special_tokens=is_text, truncation=True)["input_ids"]
-        rows.append(torch.tensor(row[:-1] if is_text and agent.appends_end else row))
-    masks = [torch.ones_like(row) for row in rows]
-    pad = nn.utils.rnn.pad_sequence
-    return pad(rows, True, agent.padding, "left"), pad(masks, True, 0, "left")
+    is_chat = isinstance(prompts[0], list)
+    if is_chat:
+        options = {"tokenize": False, "add_generation_prompt": True}
+        prompts = [tokenizer.apply_chat_template(prompt, **options) for prompt in prompts]
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    batch = tokenizer(prompts, add_special_tokens=not is_chat, **options)
+    length = batch["input_ids"].shape[1] - (0 if is_chat else appended)
+    return batch["input_ids"][:, :length], batch["attention_mask"][:, :length]
 
 
 @torch.no_grad()
 def collect_responses(agent: LanguageAgent, reward, prompts, args: Args) -> Rollout:
-    """Samples responses of at most T tokens. `ended`, `scores` are of shape (batch,), what is of
-    tokens (batch, T), where `mask` is true up to and including the first end."""
+    """Samples responses of at most T tokens. Of shape (batch,): `ended`, `scores`; (batch, P + T):
+    `tokens`, `attention`; (batch, T): the rest, with `mask` true until after the first end."""
     T = args.response_length
     device = agent.value_head.weight.device
-    encoded = encode_prompts(agent, prompts)
+    encoded = encode_prompts(agent.tokenizer, prompts, agent.appends_end)
     parts = []
     for prompt, prompt_mask in zip(*(x.to(device).split(args.micro_batch_size) for x in encoded)):
         tokens = agent.policy.generate(input_ids=prompt, attention_mask=prompt_mask)
-        missing = prompt.shape[1] + T - tokens.shape[1]
-        tokens = nn.functional.pad(tokens, (0, missing), value=agent.padding)
+        tokens = nn.functional.pad(tokens, (0, prompt.shape[1] + T - tokens.shape[1]))
         ends = torch.isin(tokens[:, -T:], torch.tensor(agent.ends, device=device))
         mask = ends.cumsum(1) - ends.long() == 0  # no end before this token
-        inputs = (tokens, torch.cat((prompt_mask, mask.long()), 1), T)
+        attention = torch.cat((prompt_mask, mask.long()), 1)
         networks = (agent.logprobs, agent.reference_logprobs, agent.values)
-        computed = [network(*inputs) for network in networks]
-        parts.append((*inputs[:2], mask, (ends & mask).any(1), *computed))
+        computed = [network(tokens, attention, T) for network in networks]
+        parts.append((tokens, attention, mask, (ends & mask).any(1), *computed))
     tokens, attention, mask, *rest = (torch.cat(x) for x in zip(*parts))
 
-    rows = [row[keep] for row, keep in zip(tokens, attention.bool())]
-    texts = agent.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    rows = [row[keep] for row, keep in zip(tokens[:, -T:], mask)]
-    responses = agent.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    whole = [row[keep] for row, keep in zip(tokens, attention.bool())]
+    response = [row[keep] for row, keep in zip(tokens[:, -T:], mask)]
+    decode = agent.tokenizer.batch_decode
+    texts, responses = (decode(x, skip_special_tokens=True) for x in (whole, response))
     scores = torch.as_tensor(reward(texts, prompts, responses), dtype=torch.float32, device=device)
     if scores.shape != (len(texts),) or not scores.isfinite().all():
         raise ValueError(f"the reward is not one finite number for each of {len(texts)} texts")
-    return Rollout(tokens, attention, mask, *rest, texts, responses, scores)
+    return Rollout(tokens, attention, mask, *rest, texts, scores)
 
 
 def describe(rollout: Rollout) -> dict[str, float]:
@@ -379,12 +352,10 @@ def describe(rollout: Rollout) -> dict[str, float]:
     ref_logprobs = rollout.ref_logprobs[mask]
     logratio = rollout.logprobs[mask] - ref_logprobs
     responses = [row[keep].tolist() for row, keep in zip(rollout.tokens[:, -T:], mask)]
-    pairs = [pair for response in responses for pair in itertools.pairwise(response)]
-    k3 = (-logratio).exp() - 1 + logratio  # never negative (Schulman, 2020)
+    pairs = [pair for response in responses for pair in zip(response, response[1:])]
     return {
         "score": rollout.scores.mean().item(),
         "kl": logratio.sum().item() / batch_size,  # k1, of whole responses
-        "kl_k3": k3.sum().item() / batch_size,
         "reference_perplexity": (-ref_logprobs.mean()).exp().item(),
         "entropy": -rollout.logprobs[mask].mean().item(),  # by the tokens that were sampled
         "distinct_2": len(set(pairs)) / max(len(pairs), 1),  # different neighbours, of all
@@ -394,11 +365,10 @@ def describe(rollout: Rollout) -> dict[str, float]:
 
 
 def token_advantages(rollout: Rollout, scores: torch.Tensor, args: Args) -> torch.Tensor:
-    """Advantages (batch, T). The rewards of tokens are minus their KL penalty; the last one of a
-    response also has its score (batch,)."""
+    """Advantages (batch, T), where the last token of a response has its score (batch,)."""
     last = nn.functional.one_hot(rollout.mask.sum(1) - 1, rollout.mask.shape[1]).bool()
-    penalty = args.kl_coef * (rollout.logprobs - rollout.ref_logprobs)
-    rewards = last * scores[:, None] - penalty
+    kl = rollout.logprobs - rollout.ref_logprobs
+    rewards = last * scores[:, None] - args.kl_coef * kl
     context = (rollout.values.T, last.T, torch.zeros_like(scores))
     return gae(rewards.T, *context, args.gamma, args.gae_lambda).T
 
@@ -429,8 +399,7 @@ def minibatch_loss(agent: LanguageAgent, part: tuple, args: Args) -> tuple[torch
 
 
 def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[str, float]:
-    """Learns from a batch (tokens, attention, mask, log π_old, A, returns). Returns what is logged,
-    means over minibatches."""
+    """Learns from (tokens, attention, mask, log π_old, A, returns). Returns means to be logged."""
     logs = defaultdict(float)
     lengths = batch[1].sum(1).cpu()
     for _ in range(args.update_epochs):
@@ -440,9 +409,9 @@ def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[st
             noisy_advantage = flip_signs(noisy[mask], args.advantage_noise)
             advantage = normalize(noisy_advantage) if args.norm_adv else noisy_advantage
             per_token = (old_logprob, noisy.masked_scatter(mask, advantage), returns)
+            minibatch = (tokens, attention, mask, *per_token)
 
             optimizer.zero_grad()
-            minibatch = (tokens, attention, mask, *per_token)
             for part in zip(*(x.split(args.micro_batch_size) for x in minibatch)):
                 loss, logged = minibatch_loss(agent, part, args)
                 share = part[2].sum() / mask.sum()  # means of parts become the minibatch's mean
@@ -517,11 +486,10 @@ def evaluate(agent, reward, gold, prompts, args: Args, writer: SummaryWriter, st
         measured["gold_score"] = gold(rollout.texts).mean().item()
     for tag, value in measured.items():
         writer.add_scalar(f"eval/{tag}", value, step + 1)
-    samples = "\n\n".join(f"    {text!r}" for text in rollout.texts[:8])
+    samples = "\n".join(f"    {text!a}" for text in rollout.texts[:4])
     writer.add_text("eval/samples", samples, step + 1)
-    tqdm.write("\n".join(f"    {text!a}" for text in rollout.texts[:2]))
     others = " ".join(f"{tag} {value:.3f}" for tag, value in measured.items())
-    tqdm.write(f"score at {step} steps: {measured['score']:.3f} ({others})")
+    tqdm.write(f"{samples}\nscore at {step} steps: {measured.pop('score'):.3f} ({others})")
 
 
 def main(args: Args, checkpoint: dict | None = None) -> None:
@@ -536,19 +504,17 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     set_seeds(args.seed, "start")
     with refusing():
         prompts = read_prompts(args)
-        held_out = prompts[: args.eval_episodes]
         agent = LanguageAgent(args).to(device)
-        encode_prompts(agent, held_out)
-        if args.reward:
-            path, _, name = args.reward.rpartition(":")
-            reward = runpy.run_path(path)[name]
-        else:
-            reward = Judge(args.reward_model, args, device)
+        encode_prompts(agent.tokenizer, prompts[:100], 0)
+        path, _, name = (args.reward or "").rpartition(":")
+        reward = runpy.run_path(path)[name] if path else Judge(args.reward_model, args, device)
         gold = Judge(args.gold_model, args, device) if args.gold_model else None
-        trained = agent.trained()
+        trained = {name: x for name, x in agent.named_parameters() if x.requires_grad}
         optimizer = torch.optim.Adam(trained.values(), args.learning_rate, eps=1e-5, fused=True)
         if checkpoint:
-            agent.load_trained(checkpoint["agent"])
+            if trained.keys() != checkpoint["agent"].keys():
+                raise ValueError(f"{args.resume} has trained other weights than these flags do")
+            agent.load_state_dict(checkpoint["agent"], strict=False)  # the frozen ones are there
             optimizer.load_state_dict(checkpoint["optimizer"])
             optimizer.param_groups[0]["lr"] = args.learning_rate
     run, writer = start_logging(args, first_step=done * batch_size + 1)
@@ -565,11 +531,10 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             save_model(run / "model", agent, args)
         if evaluating or iteration == 0:
             with precision:
-                evaluate(agent, reward, gold, held_out, args, writer, step)
+                evaluate(agent, reward, gold, prompts[: args.eval_episodes], args, writer, step)
         if last:
             break
 
-        start_time = time.time()
         set_seeds(args.seed, "iteration", iteration)
         with precision:
             sample = random.sample(prompts[args.eval_episodes :], batch_size)
@@ -580,15 +545,14 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         advantages = token_advantages(rollout, scores, args)
         returns = advantages + rollout.values
 
-        mask, logprobs = rollout.mask, rollout.logprobs
-        batch = (rollout.tokens, rollout.attention, mask, logprobs, advantages, returns)
         with precision:
+            batch = (*rollout[:3], rollout.logprobs, advantages, returns)
             stats = update(agent, optimizer, batch, args)
 
         stats |= {f"objective/{tag}": value for tag, value in describe(rollout).items()}
-        share = 1.0 if args.importance_weighted_reverse else logprobs[mask].exp().mean().item()
-        stats["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share
-        stats["charts/SPS"] = batch_size / (time.time() - start_time)
+        mean = rollout.logprobs[rollout.mask].exp().mean().item()
+        mean_weight = abs(args.Z) * (1 if args.importance_weighted_reverse else mean)
+        stats["losses/mean_weight"] = args.alpha + args.beta * mean_weight
         if not np.isfinite(list(stats.values())).all():
             raise FloatingPointError(f"not finite at step {step}: {stats}")
         for tag, value in stats.items():

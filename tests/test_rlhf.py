@@ -1,16 +1,15 @@
-"""sppo_rlhf.py on real, tiny models: what users of such code report, the loss of tokens, whole runs, bad input."""
+"""sppo_rlhf.py on real, tiny models: what users of such code report, many kinds of models, the loss
+of tokens, whole runs, bad input."""
 
 import contextlib
 import copy
 import csv
 import json
 import runpy
-import signal
+import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,17 @@ import textbook
 import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import END, SENTENCES, make_tokenizer, save_models
+from tiny_models import END, SENTENCES, make_model, make_tokenizer, save, save_models
+from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sppo_rlhf as script
 
 SCRIPT = Path(script.__file__)
-KINDS = pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt2 with a padding token"])
-AGENTS = pytest.mark.parametrize("kind, lora_rank", [("gpt2", 0), ("gpt2", 4), ("llama", 0), ("llama", 4)])
+CPU = torch.device("cpu")
+CAUSAL = transformers.AutoModelForCausalLM
+CLASSIFIER = transformers.AutoModelForSequenceClassification
+AGENTS = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 LORA = pytest.mark.parametrize("lora_rank", [0, 4])
 T = 8
 pytestmark = [
@@ -45,11 +47,6 @@ def models(tmp_path_factory):
         save_models(folder / f"{kind} without dropout", kind, dropout=0.0)
         save_models(folder / f"{kind} with much dropout", kind, dropout=0.5)
     save_models(folder / "gpt2 with a padding token", pad="<pad>")
-    for name, labels in (("proxy", 2), ("scalar", 1)):  # sees what follows, other than the rest
-        size = dict(dim=32, hidden_dim=64, n_layers=1, n_heads=2, max_position_embeddings=64, initializer_range=0.2)
-        config = transformers.DistilBertConfig(vocab_size=60, num_labels=labels, **size)
-        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "bert" / name)
-        make_tokenizer().save_pretrained(folder / "bert" / name)
     return folder
 
 
@@ -58,179 +55,289 @@ def make(models):
     """Flags for the models of a kind; four iterations of eight responses."""
 
     def args(kind="gpt2", **flags):
-        names = dict(model="policy", reward_model="proxy", gold_model="scalar", prompts="prompts.csv")
-        given = {name: str(models / kind / file) for name, file in names.items()} | dict(
-            reward_label=1, prompt_length=12, response_length=T, seed=3, total_episodes=32, batch_size=8,
-            num_minibatches=2, micro_batch_size=3, update_epochs=2, learning_rate=1e-3, eval_episodes=6,
-            checkpoint_interval=8, cuda=False, torch_threads=1)  # fmt: skip
+        names = {"model": "policy", "reward_model": "proxy", "gold_model": "scalar"}
+        given = {name: str(models / kind / file) for name, file in names.items()}
+        given |= {"prompts": str(models / "gpt2" / "prompts.csv"), "reward_label": 1, "seed": 3}
+        given |= {"prompt_length": 12, "response_length": T, "total_episodes": 32, "batch_size": 8}
+        given |= {"num_minibatches": 2, "micro_batch_size": 3, "learning_rate": 1e-3}
+        given |= {"eval_episodes": 6, "checkpoint_interval": 8, "cuda": False, "torch_threads": 1}
         return script.Args(**given | flags)
 
     return args
 
 
+def trained(agent):
+    return {name: x for name, x in agent.named_parameters() if x.requires_grad}
+
+
 def load(args, moved=True):
-    """Agent, tokenizer, judge. Moved: what is trained has left where it began, so that policy and reference differ."""
+    """Agent and judge. Moved: what is trained has left where it began, so that policy and
+    reference differ."""
     torch.manual_seed(args.seed)
-    tokenizer = script.load_tokenizer(args.model)
-    agent = script.LanguageAgent(args, tokenizer)
+    agent = script.LanguageAgent(args)
     torch.manual_seed(0)
     for parameter in trained(agent).values():
         parameter.data += moved * 0.05 * torch.randn_like(parameter)
-    return agent, tokenizer, script.Judge(args.reward_model, args.reward_label, torch.device("cpu"))
+    return agent, script.Judge(args.reward_model, args, CPU)
 
 
-def trained(agent):
-    return {name: parameter for name, parameter in agent.named_parameters() if parameter.requires_grad}
-
-
-def collect(agent, tokenizer, judge, args, responses=None, prompts=SENTENCES):
-    """Responses to prompts of different length, or these, which are lists of tokens and where 0 ends the text."""
+def collect(agent, reward, args, responses=None, prompts=SENTENCES):
+    """Responses to prompts of different length, or these, which are lists of tokens and where 0
+    ends the text."""
     if responses:
-        rows = [row + [0] * (max(map(len, responses)) - len(row)) for row in responses]
-        agent.policy.generate = lambda input_ids, attention_mask: torch.cat((input_ids, torch.tensor(rows)), 1)
-    return script.collect_responses(agent, tokenizer, judge, prompts, args, seed=1)
+        width = max(map(len, responses))
+        rows = iter([row + [0] * (width - len(row)) for row in responses])
+        agent.policy.generate = lambda input_ids, attention_mask: torch.cat(
+            (input_ids, torch.tensor([next(rows) for _ in input_ids])), 1
+        )
+    script.set_seeds(1)
+    return script.collect_responses(agent, reward, prompts, args)
 
 
-ENDINGS = [[5, 0], [0], [5, 6, 0, 7, 0], [5] * T, [5] * (T - 1) + [0], [9, 0, 0, 0], [5, 6, 7, 0], [0, 7]]
+ENDINGS = [
+    [5, 0],
+    [0],
+    [5, 6, 0, 7, 0],
+    [5] * T,
+    [5] * (T - 1) + [0],
+    [9, 0, 0, 0],
+    [5, 6, 7, 0],
+    [0, 7],
+]
 LENGTHS = [2, 1, 3, T, T, 2, 4, 1]
 
 
 def alone(model, tokens, attention):
     """The plain model's outputs for each row without its padding, row by row, in float64."""
     with torch.no_grad():
-        return [model(row[keep][None]).logits[0].double() for row, keep in zip(tokens, attention.bool())]
+        kept = zip(tokens, attention.bool())
+        return [model(row[keep][None]).logits[0].double() for row, keep in kept]
 
 
-def plain_values(agent, tokens, attention, mask):
+def plain_values(agent, rollout):
     """Values of the texts before the tokens in the mask, row after row."""
+    values = []
     with torch.no_grad():
-        hidden = [agent.value(row[keep][None]).last_hidden_state[0] for row, keep in zip(tokens, attention.bool())]
-        return torch.cat([agent.value_head(x[-1 - n : -1])[:, 0] for x, n in zip(hidden, mask.sum(1).tolist())])
+        for row, keep, mask in zip(rollout.tokens, rollout.attention.bool(), rollout.mask):
+            hidden = agent.value(row[keep][None]).last_hidden_state[0]
+            values.append(agent.value_head(hidden[-1 - mask.sum() : -1])[:, 0])
+    return torch.cat(values)
 
 
-def plain_logprobs(model, tokens, attention, mask, temperature=1.0):
+def plain_logprobs(model, rollout, temperature=1.0):
     """Log-probabilities of the tokens in the mask, row after row."""
     found = []
-    for row, keep, n, logits in zip(tokens, attention.bool(), mask.sum(1).tolist(), alone(model, tokens, attention)):
+    outputs = alone(model, rollout.tokens, rollout.attention)
+    lengths = rollout.mask.sum(1).tolist()
+    for row, keep, n, logits in zip(rollout.tokens, rollout.attention.bool(), lengths, outputs):
         logprobs = (logits / temperature).log_softmax(1)
         found += [logprobs[-1 - n + i, token] for i, token in enumerate(row[keep][-n:])]
     return torch.stack(found)
 
 
 def close(one, other, atol=2e-5):
-    torch.testing.assert_close(torch.as_tensor(one).double(), torch.as_tensor(other).double(), rtol=1e-5, atol=atol)
+    one, other = (torch.as_tensor(x).double() for x in (one, other))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=atol)
 
 
 def batch_of(rollout, args):
     """What `update` is given."""
-    rewards = script.token_rewards(rollout, rollout.scores, args.kl_coef)
-    values, dones = rollout.values.T.numpy(), rollout.last.T.numpy()
-    advantages = script.gae(rewards, values, dones, np.zeros_like(values[0]), args.gamma, args.gae_lambda)
-    advantages = torch.from_numpy(advantages.T)
-    rows = (rollout.tokens, rollout.attention, rollout.mask, rollout.logprobs)
-    return [*rows, advantages, advantages + rollout.values]
+    advantages = script.token_advantages(rollout, rollout.scores, args)
+    return (*rollout[:3], rollout.logprobs, advantages, advantages + rollout.values)
 
 
 def update(agent, batch, args):
     """One update by Adam: what is logged, and the weights after it."""
     optimizer = torch.optim.Adam(trained(agent).values(), lr=args.learning_rate, eps=1e-5)
-    stats = script.update(agent, optimizer, batch, args, np.random.default_rng(1))
+    torch.manual_seed(1)
+    stats = script.update(agent, optimizer, batch, args)
     return stats, torch.cat([parameter.detach().flatten() for parameter in trained(agent).values()])
 
 
-# --------------------------------------------------------------------------------------- what users of such code report
+def zero(texts, *_):
+    return [0.0] * len(texts)
+
+
+# ------------------------------------------------------------------------- many kinds of models
+
+FAMILIES = """gpt2 llama gptj gpt_neox gpt_neo opt bloom mistral qwen2 qwen3 gemma2 gemma3 phi phi3
+    olmo2 smollm3 granite gpt_oss falcon""".split()
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """The folder of a kind of model, made when it is first asked for. OPT's is like OPT-350m's: its
+    outputs are narrower than its layers."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def family(kind):
+        if not (folder / kind).exists():
+            save(make_model(CAUSAL, kind), folder / kind)
+        return folder / kind
+
+    return family
+
+
+@LORA
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_any_causal_model_can_be_trained_saved_and_resumed(
+    kind, lora_rank, families, make, tmp_path
+):
+    """KL is 0 and ratios are 1 before training; log-probabilities are those of the row alone; what
+    is saved is the model that was trained; what is restored goes on as the one that was saved."""
+    args = make(model=str(families(kind)), lora_rank=lora_rank, lora_alpha=32.0)
+    torch.manual_seed(args.seed)
+    agent = script.LanguageAgent(args)
+    rollout = collect(agent, zero, args)
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    assert script.describe(rollout)["kl"] == 0 < len(set(rollout.attention.sum(1).tolist())) - 1
+    batch = batch_of(rollout, args)
+    _, logged = script.minibatch_loss(agent, [x[[1, 6]] for x in batch], args)
+    assert logged["losses/approx_kl"] < 1e-9 and logged["losses/clipfrac"] == 0
+
+    optimizer = torch.optim.Adam(trained(agent).values(), lr=1e-2, eps=1e-5)
+    torch.manual_seed(1)
+    script.update(agent, optimizer, batch, args)
+    moved = collect(agent, zero, args)
+    assert (moved.logprobs - moved.ref_logprobs)[moved.mask].abs().max() > 1e-3
+    close(moved.logprobs[moved.mask], plain_logprobs(agent.policy, moved))
+    close(moved.values[moved.mask], plain_values(agent, moved))
+    script.save_model(tmp_path / "model", agent, args)
+    saved = CAUSAL.from_pretrained(tmp_path / "model").eval()
+    close(moved.logprobs[moved.mask], plain_logprobs(saved, moved))
+    before = CAUSAL.from_pretrained(families(kind)).eval()
+    close(moved.ref_logprobs[moved.mask], plain_logprobs(before, moved))
+
+    torch.save([trained(agent), optimizer.state_dict()], tmp_path / "state")
+    weights, state = torch.load(tmp_path / "state", weights_only=True)
+    torch.manual_seed(0)
+    restored = script.LanguageAgent(args)
+    restored.load_state_dict(weights, strict=False)
+    other_optimizer = torch.optim.Adam(trained(restored).values(), lr=1e-2, eps=1e-5)
+    other_optimizer.load_state_dict(state)
+    for one, steps in ((agent, optimizer), (restored, other_optimizer)):
+        torch.manual_seed(2)
+        script.update(one, steps, batch_of(moved, args), args)
+    for name, parameter in trained(agent).items():
+        assert torch.equal(parameter, trained(restored)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi3"])
+def test_training_goes_on_from_a_model_that_was_trained_with_lora(kind, families, make, tmp_path):
+    args = make(model=str(families(kind)), lora_rank=4)
+    agent, _ = load(args)
+    script.save_model(tmp_path / "model", agent, args)
+    again = script.LanguageAgent(make(model=str(tmp_path / "model"), lora_rank=2))
+    rollout = collect(again, zero, args)
+    close(rollout.logprobs, agent.logprobs(*rollout[:2], T))
+
+
+JUDGES = "gpt2 llama distilbert bert roberta xlm-roberta electra deberta-v2 albert bart qwen2 opt"
+
+
+@pytest.mark.parametrize("kind", JUDGES.split())
+def test_any_classifier_judges_a_text_by_itself(kind, make, tmp_path):
+    """Alone and in a batch, by its only output or by a class; texts that are longer than its
+    positions are cut at their beginning. The tokenizer knows no longest text."""
+    tokenizer = make_tokenizer("<pad>") if "roberta" in kind else make_tokenizer()
+    texts = [*SENTENCES, " ".join(SENTENCES * 2)]
+    for labels in (1, 3):
+        sizes = {"vocab_size": len(tokenizer), "num_labels": labels}
+        model = make_model(CLASSIFIER, kind, **sizes).eval()
+        save(model, tmp_path / str(labels), tokenizer)
+        label = labels - 1 or None
+        args = make(reward_label=label)
+        judge = script.Judge(str(tmp_path / str(labels)), args, CPU)
+        scores = judge(texts)
+        length = 62 if "roberta" in kind else 64
+        for text, score in zip(texts, scores, strict=True):
+            tokens = torch.tensor([tokenizer(text)["input_ids"][-length:]])
+            with torch.no_grad():
+                logits = model(tokens).logits[0].double()
+            close(score, logits.softmax(0)[label] if label else logits[0])
+            close(score, judge([text])[0])
+        assert np.ptp(scores) > 1e-3
+
+
+# --------------------------------------------------------------- what users of such code report
 
 
 @AGENTS
+@LORA
 def test_ratios_are_1_before_the_first_step(kind, lora_rank, make):
-    """Prompts differ in length, the chunks in which old and new probabilities are computed in size."""
+    """Prompts differ in length, the parts in which old and new probabilities are computed in
+    size."""
     args = make(kind, lora_rank=lora_rank)
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args)
+    agent, judge = load(args)
+    rollout = collect(agent, judge, args)
     assert all(len(set(x.sum(1).tolist())) > 1 for x in (rollout.attention[:, :-T], rollout.mask))
     batch = batch_of(rollout, args)
     for rows in torch.randperm(8).split(2):
-        _, logged = script.losses_of(agent, *(x[rows] for x in batch), args=args)
-        stats = dict(zip(script.TAGS, logged.tolist()))
-        assert max(abs(stats["losses/old_approx_kl"]), stats["losses/approx_kl"]) < 1e-5
-        assert stats["losses/clipfrac"] == 0
-
-
-@AGENTS
-def test_a_padded_row_is_the_row_alone(kind, lora_rank, make):
-    args = make(kind, lora_rank=lora_rank)
-    agent, *others = load(args)
-    rollout = collect(agent, *others, args)
-    tokens, attention, mask = rollout[:3]
-    assert attention[:, 0].min() == 0  # some are padded
-    close(rollout.logprobs[mask], plain_logprobs(agent.policy, tokens, attention, mask))
-    reference = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
-    close(rollout.ref_logprobs[mask], plain_logprobs(reference, tokens, attention, mask))
-    assert (rollout.logprobs - rollout.ref_logprobs)[mask].abs().max() > 0.01
-    close(rollout.values[mask], plain_values(agent, tokens, attention, mask))
-
-
-@pytest.mark.parametrize("name, label", [("proxy", 0), ("proxy", 1), ("scalar", None)])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt2 with a padding token", "bert"])
-def test_the_reward_of_a_text_depends_on_it_alone(kind, name, label, models):
-    folder = models / kind / name
-    judge = script.Judge(str(folder), label, torch.device("cpu"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    texts = [*SENTENCES, " ".join(SENTENCES)]  # the last is longer than the context: its end counts
-    for text, score in zip(texts, judge(texts), strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([tokenizer(text)["input_ids"][-64:]])).logits[0].double()
-        close(score, logits[0] if label is None else logits.softmax(0)[label])
-        close(score, judge([text])[0])
-    assert np.ptp(judge(texts)) > 0.1
+        _, logged = script.minibatch_loss(agent, [x[rows] for x in batch], args)
+        assert logged["losses/approx_kl"] < 1e-5 and logged["losses/clipfrac"] == 0
 
 
 def test_what_is_judged_is_prompt_and_response(make):
     args = make()
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args, ENDINGS)
-    short = [prompt if len(tokenizer(prompt)["input_ids"]) <= 12 else None for prompt in SENTENCES]
-    for prompt, response, n, text, score in zip(short, ENDINGS, LENGTHS, rollout.texts, rollout.scores):
-        words = tokenizer.decode([token for token in response[:n] if token])
-        assert prompt is None or text == prompt + words
-        assert text.endswith(words) and END not in text and score == pytest.approx(judge([text])[0], abs=1e-6)
+    agent, judge = load(args)
+    rollout = collect(agent, judge, args, ENDINGS)
+    for prompt, response, n, text, score in zip(
+        SENTENCES, ENDINGS, LENGTHS, rollout.texts, rollout.scores
+    ):
+        words = agent.tokenizer.decode([token for token in response[:n] if token])
+        assert len(agent.tokenizer(prompt)["input_ids"]) >= 12 or text == prompt + words
+        assert text.endswith(words) and END not in text
+        assert score == pytest.approx(judge([text])[0], abs=1e-6)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt2 with a padding token"])
 def test_the_first_end_of_text_is_trained_and_what_follows_is_not(kind, make):
     args = make(kind)
-    agent, tokenizer, judge = load(args)
-    batch = batch_of(collect(agent, tokenizer, judge, args, ENDINGS), args)
+    agent, judge = load(args)
+    batch = batch_of(collect(agent, judge, args, ENDINGS), args)
     assert batch[2].tolist() == [[i < n for i in range(T)] for n in LENGTHS]
-    kept, head = [], agent.policy.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, given, logits: kept.append(logits) or logits.retain_grad())
-    script.losses_of(agent, *batch, args=args)[0].backward()
+    kept = []
+
+    def keep(module, given, logits):
+        logits.retain_grad()
+        kept.append(logits)
+
+    hook = agent.policy.get_output_embeddings().register_forward_hook(keep)
+    script.minibatch_loss(agent, batch, args)[0].backward()
     hook.remove()
     assert torch.equal(kept[0].grad[:, :T].abs().amax(2) > 0, batch[2])
     assert not kept[0].grad[:, T].any()
+
+
+def last_rewards(rollout, args):
+    """Advantages without a value and a penalty, γ = λ = 0: the rewards."""
+    plain = rollout._replace(values=torch.zeros_like(rollout.values))
+    args = copy.replace(args) if hasattr(copy, "replace") else copy.copy(args)
+    args.gamma = args.gae_lambda = args.kl_coef = 0.0
+    return script.token_advantages(plain, rollout.scores, args)
 
 
 def test_the_score_lies_on_the_last_real_token(make):
     """With and without an end of text; also if there is but one token."""
     args = make()
     rollout = collect(*load(args), args, ENDINGS)
-    rewards = script.token_rewards(rollout, rollout.scores, kl_coef=0.0)
-    expected = np.zeros((T, 8))
-    expected[np.array(LENGTHS) - 1, range(8)] = rollout.scores
-    np.testing.assert_array_equal(rewards, expected)
+    expected = torch.zeros(8, T)
+    expected[range(8), torch.tensor(LENGTHS) - 1] = rollout.scores
+    assert torch.equal(last_rewards(rollout, args), expected)
     assert rollout.ended.tolist() == [True] * 3 + [False] + [True] * 4
-    one = collect(*load(args := make(response_length=1)), args, [[5], [0]] * 4)
-    np.testing.assert_array_equal(script.token_rewards(one, one.scores, kl_coef=0.0), one.scores[None])
+    args = make(response_length=1)
+    one = collect(*load(args), args, [[5], [0]] * 4)
+    assert torch.equal(last_rewards(one, args), one.scores[:, None])
     assert one.mask.all() and one.ended.tolist() == [False, True] * 4
 
 
 @AGENTS
+@LORA
 def test_padding_may_be_garbage(kind, lora_rank, make):
     """In statistics, normalisation and training."""
     args = make(kind, lora_rank=lora_rank, kl_coef=0.3)
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args, ENDINGS)
+    agent, judge = load(args)
+    rollout = collect(agent, judge, args, ENDINGS)
     rng = torch.Generator().manual_seed(0)
     spoilt = {"tokens": torch.where(rollout.attention == 1, rollout.tokens, 7)}
     for name in ("logprobs", "ref_logprobs", "values"):
@@ -248,50 +355,53 @@ def test_statistics_are_those_of_a_loop(make):
     rollout = collect(*load(args), args, ENDINGS)
     logprobs, references, k1, pairs = [], [], [], []
     for i, n in enumerate(LENGTHS):
-        logprobs += (new := rollout.logprobs[i, :n].double().tolist())
-        references += (old := rollout.ref_logprobs[i, :n].double().tolist())
+        new = rollout.logprobs[i, :n].double().tolist()
+        old = rollout.ref_logprobs[i, :n].double().tolist()
+        logprobs += new
+        references += old
         k1.append(sum(new) - sum(old))
         pairs += [(ENDINGS[i][j], ENDINGS[i][j + 1]) for j in range(n - 1)]
-    k3 = [np.exp(y - x) - 1 + x - y for x, y in zip(logprobs, references)]
-    expected = dict(score=rollout.scores.mean(), kl=np.mean(k1), kl_k3=sum(k3) / 8, entropy=-np.mean(logprobs),
-                    reference_perplexity=np.exp(-np.mean(references)), distinct_2=len(set(pairs)) / len(pairs),
-                    response_length=np.mean(LENGTHS), ended=7 / 8)  # fmt: skip
+    expected = {
+        "score": rollout.scores.mean(),
+        "kl": np.mean(k1),
+        "entropy": -np.mean(logprobs),
+        "reference_perplexity": np.exp(-np.mean(references)),
+        "distinct_2": len(set(pairs)) / len(pairs),
+        "response_length": np.mean(LENGTHS),
+        "ended": 7 / 8,
+    }
     assert script.describe(rollout) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
 @AGENTS
-def test_kl_is_exactly_0_before_training(kind, lora_rank, make):
-    args = make(kind, lora_rank=lora_rank)
-    rollout = collect(*load(args, moved=False), args)
-    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
-    assert script.describe(rollout)["kl"] == script.describe(rollout)["kl_k3"] == 0
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@AGENTS
-def test_there_is_one_temperature_for_sampling_and_all_probabilities(kind, lora_rank, temperature, make):
-    args = make(kind, lora_rank=lora_rank, temperature=temperature)
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args)
+@LORA
+def test_there_is_one_temperature_for_sampling_and_all_probabilities(
+    kind, lora_rank, temperature, make
+):
+    args = make(kind, lora_rank=lora_rank, temperature=temperature, micro_batch_size=8)
+    agent, judge = load(args)
+    rollout = collect(agent, judge, args)
     tokens, attention, mask = rollout[:3]
-    torch.manual_seed(1)
+    script.set_seeds(1)
     inputs = {"input_ids": tokens[:, :-T], "attention_mask": attention[:, :-T]}
-    sampled = agent.policy.generate(**inputs, output_scores=True, return_dict_in_generate=True)
+    options = {"output_scores": True, "return_dict_in_generate": True}
+    sampled = agent.policy.generate(**inputs, **options)
     response = sampled.sequences[:, -len(sampled.scores) :]  # shorter, if all end earlier
-    assert torch.equal(response, tokens[:, -T:][:, : response.shape[1]])
-    scores = torch.stack(sampled.scores, 1).log_softmax(2).gather(2, response[:, :, None]).squeeze(2)
+    assert torch.equal(response[mask], tokens[:, -T:][:, : response.shape[1]][mask])
+    scores = torch.stack(sampled.scores, 1).log_softmax(2)
+    scores = scores.gather(2, response[:, :, None]).squeeze(2)
     close(rollout.logprobs[mask], scores[mask[:, : response.shape[1]]], atol=1e-4)
-    close(agent.logprobs(tokens, attention)[mask], rollout.logprobs[mask])
-    reference = transformers.AutoModelForCausalLM.from_pretrained(args.model).eval()
-    close(rollout.ref_logprobs[mask], plain_logprobs(reference, tokens, attention, mask, temperature))
+    reference = CAUSAL.from_pretrained(args.model).eval()
+    close(rollout.ref_logprobs[mask], plain_logprobs(reference, rollout, temperature))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
 def test_tokens_are_sampled_as_often_as_is_said(temperature, make):
-    """The rare ones, too: none are left out."""
+    """The rare ones, too: none are left out, whatever the model's own settings say."""
     args = make(temperature=temperature, response_length=1, micro_batch_size=4096)
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args, prompts=SENTENCES[:1] * 4096)
+    agent, _ = load(args)
+    rollout = collect(agent, zero, args, prompts=SENTENCES[:1] * 4096)
     logits = alone(agent.policy, *(x[:1, :-1] for x in rollout[:2]))[0][-1]
     expected = 4096 * (logits / temperature).softmax(0)
     counts = torch.bincount(rollout.tokens[:, -1], minlength=len(expected))
@@ -301,66 +411,72 @@ def test_tokens_are_sampled_as_often_as_is_said(temperature, make):
 
 
 @AGENTS
+@LORA
 def test_dropout_in_a_checkpoint_changes_nothing(kind, lora_rank, make):
     results = []
     for rate in ("without", "with much"):
         args = make(f"{kind} {rate} dropout", lora_rank=lora_rank)
-        agent, *others = load(args)
-        config = agent.policy.config
-        assert getattr(config, "attn_pdrop", getattr(config, "attention_dropout", None)) == 0.5 * (rate != "without")
-        rollout = collect(agent, *others, args)
-        stats, weights = update(agent, batch_of(rollout, args), args)
-        results.append([*rollout[:5], rollout.scores, *rollout[7:], weights])
+        agent, judge = load(args)
+        assert not any(module.training for module in agent.modules())
+        rollout = collect(agent, judge, args)
+        _, weights = update(agent, batch_of(rollout, args), args)
+        results.append([*rollout[:7], rollout.scores, weights])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_empty_responses_have_a_reward_and_can_be_trained(make):
     args = make()
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args, [[0]] * 8)
+    agent, judge = load(args)
+    rollout = collect(agent, judge, args, [[0]] * 8)
     assert rollout.mask.sum(1).tolist() == [1] * 8 and rollout.ended.all()
-    np.testing.assert_allclose(rollout.scores, judge([text for text in rollout.texts]), rtol=1e-6)
-    assert script.token_rewards(rollout, rollout.scores, 0.0)[0].tolist() == rollout.scores.tolist()
+    close(rollout.scores, judge(rollout.texts))
+    assert torch.equal(last_rewards(rollout, args)[:, 0], rollout.scores)
     assert np.isfinite([*script.describe(rollout).values()]).all()
     stats, weights = update(agent, batch_of(rollout, args), args)
     assert np.isfinite([*stats.values()]).all() and weights.isfinite().all()
 
 
 @AGENTS
+@LORA
 def test_every_parameter_has_a_gradient_but_those_of_the_reference(kind, lora_rank, make):
     args = make(kind, lora_rank=lora_rank)
-    agent, *others = load(args)
+    agent, judge = load(args)
     before = copy.deepcopy(agent.state_dict())
-    batch = batch_of(collect(agent, *others, args), args)
-    script.losses_of(agent, *batch, args=args)[0].backward()
+    batch = batch_of(collect(agent, judge, args), args)
+    script.minibatch_loss(agent, batch, args)[0].backward()
     parameters = trained(agent)
     assert {name.split(".")[0] for name in parameters} == {"policy", "value", "value_head"}
     assert [name for name, parameter in parameters.items() if not parameter.grad.any()] == []
     if lora_rank:
-        assert {network.peft_config["default"].lora_alpha for network in (agent.policy, agent.value)} == {16.0}
+        networks = (agent.policy, agent.value)
+        assert {x.peft_config["default"].lora_alpha for x in networks} == {16.0}
         assert all("lora_" in name or "value_head" in name for name in parameters)
     else:
-        assert all(name in parameters for name, _ in agent.named_parameters() if not name.startswith("reference"))
+        others = [name for name, _ in agent.named_parameters() if name not in parameters]
+        assert all(name.startswith("reference") for name in others)
     agent.zero_grad()
     update(agent, batch, args)
+    state = agent.state_dict()
+    moved = {name for name, tensor in state.items() if not torch.equal(tensor, before[name])}
     tied = "policy.lm_head.weight"
-    moved = {name for name, tensor in agent.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved - {tied} == parameters.keys() - {tied}
 
 
 def test_of_a_long_prompt_the_end_is_kept(make):
     args = make(prompt_length=4)
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args)
+    agent, _ = load(args)
+    rollout = collect(agent, zero, args)
+    tokenizer = make_tokenizer()
     for prompt, row, keep in zip(SENTENCES, rollout.tokens, rollout.attention.bool()):
         assert row[:-T][keep[:-T]].tolist() == tokenizer(prompt)["input_ids"][-4:]
 
 
 @LORA
-def test_the_vocabulary_is_never_spread_over_whole_texts(lora_rank, make):
-    args = make(lora_rank=lora_rank, micro_batch_size=4)
-    agent, tokenizer, judge = load(args)
-    vocabulary, sizes = len(tokenizer), []
+def test_no_network_sees_more_than_a_micro_batch_nor_makes_logits_of_prompts(lora_rank, make):
+    """In generation, in evaluation and in training."""
+    args = make(lora_rank=lora_rank, micro_batch_size=2)
+    agent, judge = load(args)
+    vocabulary, sizes = len(agent.tokenizer), []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -370,68 +486,65 @@ def test_the_vocabulary_is_never_spread_over_whole_texts(lora_rank, make):
                     sizes.append(x.untyped_storage().nbytes() // x.itemsize // vocabulary)
             return result
 
+    rows = []
+    judge.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     with Watch():
-        rollout = collect(agent, tokenizer, judge, args)
+        rollout = collect(agent, judge, args)
         update(agent, batch_of(rollout, args), args)
-    assert rollout.tokens.shape == (8, 12 + T) and max(sizes) == 4 * (T + 1)
+    assert rollout.tokens.shape[0] == 8 and max(sizes) == 2 * (T + 1) and max(rows) == 2
 
 
 def test_without_a_penalty_the_reward_is_hacked(make, tmp_path):
     """KL rises, and texts become alike."""
-    flags = dict(total_episodes=32 * 20, batch_size=32, num_minibatches=4, micro_batch_size=32, update_epochs=4)
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("\n".join(["prompt", *SENTENCES * 12]))
-    args = make(prompts=str(prompts), kl_coef=0.0, learning_rate=3e-3, eval_episodes=64, **flags)
+    sizes = {"total_episodes": 32 * 20, "batch_size": 32, "num_minibatches": 4, "update_epochs": 4}
+    sizes |= {"micro_batch_size": 32, "eval_episodes": 64, "checkpoint_interval": 640}
+    args = make(prompts=str(prompts), kl_coef=0.0, learning_rate=3e-3, **sizes)
     points = scalars(train(tmp_path, args))
-    first, last = ({tag: points[f"eval/{tag}"][i][1] for tag in ("score", "kl", "distinct_2")} for i in (0, -1))
+    names = ("score", "kl", "distinct_2")
+    first, last = ({name: points[f"eval/{name}"][i][1] for name in names} for i in (0, -1))
     assert first["kl"] == 0 and last["kl"] > 5
     assert last["score"] > first["score"] + 0.2 and last["distinct_2"] < 0.7 * first["distinct_2"]
 
 
-# --------------------------------------------------------------------------------------------- the loss and the updates
+# ------------------------------------------------------------------- the loss and the updates
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("target_coef", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_loss_is_a_textbooks(kind, target_coef, weighted, make):
-    args = make(kind, target_coef=target_coef, importance_weighted_reverse=weighted, temperature=0.8, Z=-2.0)
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args)
-    tokens, attention, mask = rollout[:3]
+@AGENTS
+def test_the_loss_is_a_textbooks(kind, weighted, make):
+    args = make(kind, importance_weighted_reverse=weighted, temperature=0.8, Z=-2.0)
+    agent, judge = load(args)
+    rollout = collect(agent, judge, args)
     rng = torch.Generator().manual_seed(0)
-    noise = [torch.randn(mask.shape, generator=rng) for _ in range(3)]
-    batch = [tokens, attention, mask, rollout.logprobs + 0.2 * noise[0], *noise[1:]]
-    targets = ["", " and so on", *[" a bad story with a good end"] * 6]
-    if target_coef:
-        batch += script.with_targets(rollout, tokenizer, targets)
-    loss, logged = script.losses_of(agent, *batch, args=args)
-    stats = dict(zip(script.TAGS, logged.tolist()))
+    noise = [torch.randn(rollout.mask.shape, generator=rng) for _ in range(3)]
+    batch = [*rollout[:3], rollout.logprobs + 0.2 * noise[0], *noise[1:]]
+    loss, logged = script.minibatch_loss(agent, batch, args)
 
-    old, advantage, returns = (x[mask].double().numpy() for x in batch[3:6])
-    logprob = plain_logprobs(agent.policy, tokens, attention, mask, args.temperature).numpy()
-    values = plain_values(agent, tokens, attention, mask).double().numpy()
+    old, advantage, returns = (x[rollout.mask].double().numpy() for x in batch[3:])
+    logprob = plain_logprobs(agent.policy, rollout, args.temperature).numpy()
+    values = plain_values(agent, rollout).double().numpy()
     context = (args.alpha, args.beta, args.Z, args.clip_coef, weighted)
-    forward, reverse, _ = textbook.symmetric_ppo(logprob[:, None], old[:, None], advantage, *context)
-    r, nll = np.exp(logprob - old), []
-    for row, keep, target in zip(tokens, attention.bool(), targets):
-        prompt, end = row[:-T][keep[:-T]], torch.tensor((tokenizer(target)["input_ids"] + [0])[:T]).long()
-        with torch.no_grad():
-            logits = agent.policy(torch.cat((prompt, end))[None]).logits[0, len(prompt) - 1 : -1].double()
-        nll.append(-(logits / args.temperature).log_softmax(1).gather(1, end[:, None]))
+    forward, reverse, _ = textbook.symmetric_ppo(
+        logprob[:, None], old[:, None], advantage, *context
+    )
+    r = np.exp(logprob - old)
     expected = {
         "losses/policy_loss": args.alpha * forward.mean() + args.beta * reverse.mean(),
         "losses/forward_loss": forward.mean(),
         "losses/reverse_loss": reverse.mean(),
         "losses/value_loss": np.mean((values - returns) ** 2),
-        "losses/target_loss": torch.cat(nll).mean().item() if target_coef else 0,
-        "losses/old_approx_kl": -np.log(r).mean(),
         "losses/approx_kl": np.mean(r - 1 - np.log(r)),
         "losses/clipfrac": np.mean(abs(r - 1) > args.clip_coef),
     }
-    assert stats == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    policy, value, target = (expected[f"losses/{name}_loss"] for name in ("policy", "value", "target"))
-    assert loss.item() == pytest.approx(policy + args.vf_coef * value + target_coef * target, rel=1e-4)
+    assert {tag: x.item() for tag, x in logged.items()} == pytest.approx(
+        expected, rel=1e-4, abs=1e-5
+    )
+    whole = expected["losses/policy_loss"] + args.vf_coef * expected["losses/value_loss"]
+    assert loss.item() == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 1.0), (0.99, 0.0)])
@@ -440,46 +553,52 @@ def test_advantages_are_a_textbooks_for_each_response(gamma, gae_lambda, make):
     rollout = collect(*load(args), args, ENDINGS)
     advantages = batch_of(rollout, args)[4]
     for i, n in enumerate(LENGTHS):
-        rewards = -0.3 * (rollout.logprobs[i, :n] - rollout.ref_logprobs[i, :n]).double().numpy()
+        kl = rollout.logprobs[i, :n] - rollout.ref_logprobs[i, :n]
+        rewards = -0.3 * kl.double().numpy()
         rewards[-1] += rollout.scores[i]
         zeros, values = np.zeros((n, 1)), rollout.values[i, :n, None].numpy()
-        expected = textbook.gae(rewards[:, None], values, np.eye(n)[:, -1:], zeros, zeros[0], gamma, gae_lambda)
+        dones = np.eye(n)[:, -1:]
+        expected = textbook.gae(rewards[:, None], values, dones, zeros, zeros[0], gamma, gae_lambda)
         close(advantages[i, :n], expected[:, 0])
 
 
-@pytest.mark.parametrize("target_coef", [0.0, 0.3])
 @AGENTS
-def test_an_update_is_a_textbooks_and_does_not_depend_on_micro_batches(kind, lora_rank, target_coef, make):
-    args = make(kind, lora_rank=lora_rank, target_coef=target_coef, max_grad_norm=0.1, kl_coef=0.3, advantage_noise=0.3)
+@LORA
+def test_an_update_is_a_textbooks_and_does_not_depend_on_micro_batches(kind, lora_rank, make):
+    """Nor on the padding that is cut off, nor on the order of rows."""
+    args = make(kind, lora_rank=lora_rank, max_grad_norm=0.1, kl_coef=0.3, prompt_length=30)
     args.norm_adv = kind == "gpt2"
-    agent, tokenizer, judge = load(args)
-    rollout = collect(agent, tokenizer, judge, args, ENDINGS)
-    batch = batch_of(rollout, args)
-    if target_coef:
-        batch += script.with_targets(rollout, tokenizer, ["", " and so on", *[" a bad story with a good end"] * 6])
+    agent, judge = load(args)
+    batch = batch_of(collect(agent, judge, args, ENDINGS), args)
     results = []
-    for micro_batch_size in (64,) if target_coef else (1, 3, 64):  # parts with targets are weighted by their responses
+    for micro_batch_size in (1, 3, 64):
         args.micro_batch_size = micro_batch_size
         results.append(update(copy.deepcopy(agent), batch, args))
 
     optimizer = torch.optim.Adam(trained(agent).values(), lr=args.learning_rate, eps=1e-5)
-    rng, norms, flips = np.random.default_rng(1), [], []
+    torch.manual_seed(1)
+    norms, flips = [], []
     for _ in range(args.update_epochs):
-        for rows in np.split(rng.permutation(8), 2):
-            part = [x[rows] for x in batch]
-            signs = np.where(rng.random(sum(LENGTHS[row] for row in rows)) < args.advantage_noise, -1, 1)
-            A = part[4][part[2]] * torch.from_numpy(signs)
-            normalized = (A - A.mean()) / A.std() if args.norm_adv else A
-            part[4] = torch.zeros(4, T).masked_scatter(part[2], normalized)
+        for rows in torch.randperm(8).chunk(2):
+            torch.rand(sum(LENGTHS[row] for row in rows))  # as flip_signs draws
+            tokens, attention, mask, old_logprob, A, returns = (x[rows] for x in batch)
+            normalized = A[mask]
+            if args.norm_adv:
+                normalized = (A[mask] - A[mask].mean()) / A[mask].std()
+            logprob = agent.logprobs(tokens, attention, T)[mask]
+            terms = (logprob, old_logprob[mask], normalized, args.clip_coef, args)
+            value = agent.values(tokens, attention, T)[mask]
+            loss = args.vf_coef * (value - returns[mask]).square().mean()
             optimizer.zero_grad()
-            script.losses_of(agent, *part, args=args)[0].backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(trained(agent).values(), args.max_grad_norm).item())
-            flips.append((A * normalized < 0).float().mean().item())
+            (loss + script.symmetric_ppo_loss(*terms)[0]).backward()
+            parameters = trained(agent).values()
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
+            flips.append((A[mask] * normalized < 0).float().mean().item())
             optimizer.step()
     weights = torch.cat([parameter.detach().flatten() for parameter in trained(agent).values()])
     for stats, updated in results:
         assert stats == pytest.approx(results[0][0], rel=1e-4, abs=1e-5)
-        assert stats["losses/grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4) and min(norms) > 0.1
+        assert stats["losses/grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
         assert stats["advantage/sign_flips_normalization"] == pytest.approx(np.mean(flips))
         close(updated, weights)
 
@@ -488,60 +607,187 @@ def test_an_update_is_a_textbooks_and_does_not_depend_on_micro_batches(kind, lor
 def test_the_symmetric_loss_is_ppo_with_another_weight(lora_rank, make):
     """α, β and the matched control α + β|Z|, 0: the same gradient."""
     args = make(lora_rank=lora_rank)
-    agent, tokenizer, judge = load(args)
-    batch = batch_of(collect(agent, tokenizer, judge, args), args)
-    batch[3] = batch[3] + 0.2 * torch.randn(batch[3].shape, generator=torch.Generator().manual_seed(0))
+    agent, judge = load(args)
+    batch = list(batch_of(collect(agent, judge, args), args))
+    rng = torch.Generator().manual_seed(0)
+    batch[3] = batch[3] + 0.2 * torch.randn(batch[3].shape, generator=rng)
     gradients = []
-    for weights in (dict(alpha=0.5, beta=0.4, Z=-3.0), dict(alpha=1.7, beta=0.0), dict(alpha=1.0, beta=0.0)):
-        loss, logged = script.losses_of(agent, *batch, args=make(lora_rank=lora_rank, vf_coef=0.0, **weights))
-        assert 0 < logged[script.TAGS.index("losses/clipfrac")] < 1
-        names = [name for name in trained(agent) if name.startswith("policy")]
-        found = torch.autograd.grad(loss, [trained(agent)[name] for name in names])
+    for weights in ((0.5, 0.4, -3.0), (1.7, 0.0, -1.0), (1.0, 0.0, -1.0)):
+        weights = dict(zip(("alpha", "beta", "Z"), weights))
+        args = make(lora_rank=lora_rank, vf_coef=0.0, **weights)
+        loss, logged = script.minibatch_loss(agent, batch, args)
+        assert 0 < logged["losses/clipfrac"] < 1
+        parameters = [x for name, x in trained(agent).items() if name.startswith("policy")]
+        found = torch.autograd.grad(loss, parameters)
         gradients.append(torch.cat([x.flatten() for x in found]))
     symmetric, control, ppo = gradients
-    assert (symmetric - control).norm() < 1e-4 * control.norm() and (symmetric - ppo).norm() > 0.5 * ppo.norm()
+    assert (symmetric - control).norm() < 1e-4 * control.norm()
+    assert (symmetric - ppo).norm() > 0.5 * ppo.norm()
 
 
 @LORA
 def test_in_bfloat16_what_is_trained_is_not(lora_rank, make):
-    """A step would be rounded away."""
-    agent, tokenizer, judge = load(args := make(lora_rank=lora_rank, bf16=True), moved=False)
+    """A step would be rounded away. The reward model computes as it was saved."""
+    agent, judge = load(make(lora_rank=lora_rank, bf16=True), moved=False)
+    args = make(lora_rank=lora_rank, bf16=True)
     assert {parameter.dtype for parameter in trained(agent).values()} == {torch.float32}
-    assert (agent.policy.get_input_embeddings().weight.dtype == torch.bfloat16) == bool(lora_rank)
+    embeddings = agent.policy.get_input_embeddings().weight
+    assert (embeddings.dtype == torch.bfloat16) == bool(lora_rank)
+    expected = judge(SENTENCES)
     with torch.autocast("cpu", torch.bfloat16):
-        rollout = collect(agent, tokenizer, judge, args)
+        assert torch.equal(judge(SENTENCES), expected)
+        rollout = collect(agent, judge, args)
         stats, _ = update(agent, batch_of(rollout, args), args)
     assert script.describe(rollout)["kl"] == 0 and np.isfinite([*stats.values()]).all()
 
 
-def test_targets_are_cut_and_end(make):
-    agent, tokenizer, judge = load(args := make())
-    rollout = collect(agent, tokenizer, judge, args, prompts=SENTENCES[:3])
-    tokens, attention, mask = script.with_targets(rollout, tokenizer, ["", " good", " and ".join(SENTENCES)])
-    for i, target in enumerate(("", " good", " and ".join(SENTENCES))):
-        wanted = (tokenizer(target)["input_ids"] + [0])[:T]
-        assert tokens[i, -T:].tolist()[: len(wanted)] == wanted and mask[i].sum() == len(wanted)
-        assert torch.equal(attention[i, -T:] == 1, mask[i]) and torch.equal(tokens[i, :-T], rollout.tokens[i, :-T])
+# -------------------------------------------------------------------------- nothing in silence
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+def with_settings(source, folder, **settings):
+    """A copy of a model with other generation settings."""
+    model = CAUSAL.from_pretrained(source)
+    model.generation_config = transformers.GenerationConfig(**settings)
+    return save(model, folder)
 
 
-def train(folder, args, saved=None):
+def test_any_of_several_ends_ends_a_response(make, tmp_path):
+    ends = [7, 9]  # and 0, the tokenizer's
+    source = Path(make().model)
+    args = make(model=str(with_settings(source, tmp_path / "m", eos_token_id=ends)))
+    agent, _ = load(args)
+    rollout = collect(agent, zero, args, prompts=SENTENCES * 4)
+    found = [row[keep].tolist() for row, keep in zip(rollout.tokens[:, -T:], rollout.mask)]
+    assert {row[-1] for row in found} >= {0, 7, 9}
+    assert not any({0, 7, 9} & set(row[:-1]) for row in found)
+    assert [row[-1] in (0, 7, 9) for row in found] == rollout.ended.tolist()
+    assert all(row[-1] in (0, 7, 9) or len(row) == T for row in found)
+
+
+@pytest.mark.parametrize("template", ["$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>"])
+def test_an_end_that_the_tokenizer_appends_is_no_prompt(template, make, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(END, 0)]
+    )
+    save(CAUSAL.from_pretrained(make().model), tmp_path / "m", tokenizer)
+    agent, _ = load(make(model=str(tmp_path / "m"), prompt_length=24))
+    rollout = collect(agent, zero, make())
+    plain = make_tokenizer()
+    for prompt, row, keep in zip(SENTENCES, rollout.tokens, rollout.attention.bool()):
+        expected = [0] * (template[0] == "<") + plain(prompt)["input_ids"]
+        assert row[:-T][keep[:-T]].tolist() == expected
+
+
+@LORA
+def test_what_is_saved_is_the_users_model_again(lora_rank, make, tmp_path):
+    """Its generation settings, its tokenizer's sides and lengths, its files: no adapters."""
+    settings = {"max_new_tokens": 99, "eos_token_id": [0, 7], "do_sample": True, "top_p": 0.5}
+    source = with_settings(Path(make().model), tmp_path / "m", **settings)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(source)
+    args = make(model=str(source), lora_rank=lora_rank)
+    agent, _ = load(args)
+    collect(agent, zero, args)
+    script.save_model(tmp_path / "saved", agent, args)
+    files = {path.name for path in source.iterdir()}
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == files
+    for name in files - {"model.safetensors"}:
+        one, other = (json.loads((x / name).read_text()) if name.endswith("json") else
+                      (x / name).read_text() for x in (source, tmp_path / "saved"))  # fmt: skip
+        if name == "config.json":
+            one.pop("dtype", None), other.pop("dtype", None)
+        assert one == other, name
+    assert agent.policy.generation_config.max_new_tokens == T  # for what is sampled next
+    collect(agent, zero, args)
+
+
+def test_a_reward_of_ones_own(make, tmp_path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "import json\n"
+        "def shorter(texts, prompts, responses):\n"
+        "    assert all(x.endswith(y) for x, y in zip(texts, responses))\n"
+        "    open('seen.json', 'w').write(json.dumps([prompts, responses]))\n"
+        "    return [-float(len(x)) for x in responses]\n"
+    )
+    args = make(reward=f"{rewards}:shorter", reward_model="nothing", total_episodes=8)
+    points = scalars(train(tmp_path, args))
+    prompts, responses = json.loads((tmp_path / "seen.json").read_text())
+    assert prompts == (SENTENCES * 4)[:6]  # the last were those of the evaluation, as written
+    mean = np.mean([-len(x) for x in responses])
+    assert points["eval/score"][-1][1] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("scores", ["[1.0]", "[float('nan')] * len(texts)", "1.0"])
+def test_a_reward_that_is_no_number_for_each_text_ends_the_run(scores, make):
+    agent, _ = load(make())
+    with pytest.raises(ValueError, match="one finite number for each of 8 texts"):
+        collect(agent, lambda texts, *_: eval(scores), make())
+
+
+def test_chat_messages_go_through_the_chat_template(make, tmp_path):
+    """With its special tokens, and without those that the tokenizer would add to a text."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[(END, 0)]
+    )
+    tokenizer.chat_template = (
+        "<|endoftext|>{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    save(CAUSAL.from_pretrained(make().model), tmp_path / "m", tokenizer)
+    messages = [[{"role": "user", "content": text}] for text in SENTENCES]
+    args = make(model=str(tmp_path / "m"), prompt_length=24)
+    agent, _ = load(args)
+    rollout = collect(agent, zero, args, prompts=messages)
+    plain = make_tokenizer()
+    for text, row, keep in zip(SENTENCES, rollout.tokens, rollout.attention.bool()):
+        expected = [0, *plain(f"u {text} a")["input_ids"]]
+        assert row[:-T][keep[:-T]].tolist() == expected
+
+
+def test_responses_without_an_end_are_punished_and_reported_scores_are_not(
+    make, tmp_path, monkeypatch
+):
+    seen, advantages = [], script.token_advantages
+    monkeypatch.setattr(script, "token_advantages", lambda *x: seen.append(x[:2]) or advantages(*x))
+    points = scalars(train(tmp_path, make(missing_end_penalty=3.0)))
+    for rollout, scores in seen:
+        close(scores, rollout.scores - 3.0 * ~rollout.ended)
+    close(points["objective/score"][0][1], seen[0][0].scores.mean())
+    assert 0 < torch.cat([rollout.ended for rollout, _ in seen]).float().mean() < 1
+
+
+def test_noise_is_in_units_of_the_scores_deviation_and_not_reported(make, tmp_path, monkeypatch):
+    seen, advantages = [], script.token_advantages
+    monkeypatch.setattr(script, "token_advantages", lambda *x: seen.append(x[:2]) or advantages(*x))
+    points = scalars(train(tmp_path, make(reward_noise=0.5, total_episodes=64)))
+    noise = [((scores - x.scores) / (0.5 * x.scores.std())) for x, scores in seen]
+    assert 0.7 < torch.cat(noise).std() < 1.4
+    for (rollout, _), (_, score) in zip(seen, points["objective/score"], strict=True):
+        assert score == pytest.approx(rollout.scores.mean(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------- whole runs
+
+
+def train(folder, args, checkpoint=None):
     """Its folder."""
     with contextlib.chdir(folder):
-        script.main(args, saved)
+        script.main(args, checkpoint)
     (run,) = folder.glob("runs/*")
     return run
 
 
 def scalars(run):
-    """What TensorBoard shows, but the speed; steps grow within every tag."""
+    """What TensorBoard shows; steps grow within every tag."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    points = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    points.pop("charts/SPS")
-    for tag, series in points.items():
-        steps = [step for step, _ in series]
+    points = {}
+    for tag in events.Tags()["scalars"]:
+        points[tag] = [(point.step, point.value) for point in events.Scalars(tag)]
+        steps = [step for step, _ in points[tag]]
         assert steps == sorted(set(steps)), tag
     return points
 
@@ -550,64 +796,65 @@ def checkpoint_of(run):
     return torch.load(run / "checkpoint.pt", weights_only=True)
 
 
-EVALUATED = "score kl kl_k3 reference_perplexity entropy distinct_2 response_length ended".split()
-LOGGED = {f"{group}/{tag}" for group in ("objective", "eval") for tag in EVALUATED} | {*script.TAGS, "eval/gold_score"}
-LOGGED |= {"losses/mean_weight", "losses/explained_variance", "advantage/sign_flips_noise"}
+EVALUATED = "score kl reference_perplexity entropy distinct_2 response_length ended".split()
+LOSSES = "policy_loss forward_loss reverse_loss value_loss approx_kl clipfrac grad_norm mean_weight"
+LOGGED = {f"{group}/{tag}" for group in ("objective", "eval") for tag in EVALUATED}
+LOGGED |= {f"losses/{tag}" for tag in LOSSES.split()}
+LOGGED |= {"eval/gold_score", "advantage/sign_flips_normalization"}
 
 
 @AGENTS
+@LORA
 def test_a_whole_run(kind, lora_rank, make, tmp_path, capsys):
-    flags = dict(target_coef=0.1, eval_interval=16, Z=-2.0, top_k=0 if lora_rank else 9)
-    args = make(kind, lora_rank=lora_rank, importance_weighted_reverse=kind == "gpt2", **flags)
+    flags = {"eval_interval": 16, "Z": -2.0, "importance_weighted_reverse": kind == "gpt2"}
+    args = make(kind, lora_rank=lora_rank, top_k=0 if lora_rank else 9, **flags)
     run = train(tmp_path, args)
     points, events = scalars(run), EventAccumulator(str(run)).Reload()
-    assert points.keys() == LOGGED and np.isfinite([value for series in points.values() for _, value in series]).all()
+    assert points.keys() == LOGGED
+    assert np.isfinite([value for series in points.values() for _, value in series]).all()
     assert [step for step, _ in points["losses/policy_loss"]] == [8, 16, 24, 32]
     assert [step for step, _ in points["eval/score"]] == [1, 17, 33]
     weights = [weight for _, weight in points["losses/mean_weight"]]
-    assert weights == pytest.approx([0.5 + 0.4 * 2] * 4) if kind == "gpt2" else max(weights) < 0.5 + 0.4 * 2 * 0.5
+    if kind == "gpt2":
+        assert weights == pytest.approx([0.5 + 0.4 * 2] * 4)
+    assert max(weights) < 0.5 + 0.4 * 2 * (1.01 if kind == "gpt2" else 0.5)
     (before, *_, after) = events.Tensors("eval/samples/text_summary")
     assert (before.step, after.step) == (1, 33)
     output = capsys.readouterr().out
-    assert "score at 0 steps: " in output and "score at 32 steps: " in output and "(6 responses)" in output
-    assert ("warning: with --top-k" in output) == (not lora_rank)
+    assert "score at 0 steps: " in output and "score at 32 steps: " in output
+    assert "class 1 of {0: 'LABEL_0', 1: 'LABEL_1'}" in output and output.isascii()
 
-    agent, tokenizer, judge = load(args, moved=False)
-    rollout = collect(agent, tokenizer, judge, args)
-    tokens, attention, mask = rollout[:3]
+    agent, _ = load(args, moved=False)
     agent.load_state_dict(checkpoint_of(run)["agent"], strict=False)
-    logprobs = agent.logprobs(tokens, attention)[mask]
-    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
-    close(plain_logprobs(model, tokens, attention, mask), logprobs)
-    assert (logprobs - rollout.logprobs[mask]).abs().max() > 0.01
-    assert len(transformers.AutoTokenizer.from_pretrained(run / "model")) == len(tokenizer)
+    rollout = collect(agent, zero, args)
+    model = CAUSAL.from_pretrained(run / "model")
+    close(plain_logprobs(model, rollout), rollout.logprobs[rollout.mask])
+    assert (rollout.logprobs - rollout.ref_logprobs)[rollout.mask].abs().max() > 0.01
 
 
 def test_a_run_trains_on_what_it_collected_and_holds_prompts_out(make, tmp_path, monkeypatch):
     prompts = [f"{one} and {other}" for one in SENTENCES[:4] for other in SENTENCES]
-    rows = [(prompt, f" {prompt[i]}") for i, prompt in enumerate(prompts)]
-    (tmp_path / "prompts.csv").write_text("\n".join(",".join(row) for row in [("prompt", "target"), *rows]))
-    args = make(prompts=str(tmp_path / "prompts.csv"), prompt_length=48, target_coef=0.1, kl_coef=0.3)
-    collect_responses, update, rollouts, batches, agents = script.collect_responses, script.update, [], [], []
-    monkeypatch.setattr(script, "collect_responses", lambda *x: rollouts.append(collect_responses(*x)) or rollouts[-1])
-    monkeypatch.setattr(script, "update", lambda *x: agents.append(x[0]) or batches.append(x[2]) or update(*x))
+    (tmp_path / "prompts.csv").write_text("\n".join(["prompt", *prompts]))
+    args = make(prompts=str(tmp_path / "prompts.csv"), prompt_length=48, kl_coef=0.3)
+    collect_responses, update, rollouts, batches = script.collect_responses, script.update, [], []
+
+    def collecting(*given):
+        rollouts.append((collect_responses(*given), given[2]))
+        return rollouts[-1][0]
+
+    monkeypatch.setattr(script, "collect_responses", collecting)
+    monkeypatch.setattr(script, "update", lambda *x: batches.append(x[2]) or update(*x))
     gold_scores = scalars(train(tmp_path, args))["eval/gold_score"]
-    assert not any(module.training for module in agents[0].modules())
-    first, *rollouts, last = rollouts
-    gold = script.Judge(args.gold_model, None, torch.device("cpu"))
-    for rollout, (_, score) in zip((first, last), gold_scores, strict=True):
-        assert score == pytest.approx(gold(rollout.texts).mean())
-        assert all(text.startswith(prompt) for text, prompt in zip(rollout.texts, prompts[:6], strict=True))
+    gold = script.Judge(args.gold_model, args, CPU)
+    first, *others, last = rollouts
+    for (rollout, given), (_, score) in zip((first, last), gold_scores, strict=True):
+        assert score == pytest.approx(gold(rollout.texts).mean()) and given == prompts[:6]
     drawn = []
-    for rollout, batch in zip(rollouts, batches, strict=True):
-        torch.testing.assert_close(batch[:6], batch_of(rollout, args))
-        chosen = [next(row for row in rows if text.startswith(row[0])) for text in rollout.texts]
-        assert len(set(chosen)) == 8 and not set(chosen) & set(rows[:6])
-        tokenizer = script.load_tokenizer(args.model)
-        responses = tokenizer.batch_decode([row[keep] for row, keep in zip(batch[6][:, -T:], batch[8])])
-        assert responses == [target + END for _, target in chosen]
-        assert torch.equal(batch[6][:, :-T], rollout.tokens[:, :-T])
-        drawn.append(frozenset(chosen))
+    for (rollout, given), batch in zip(others, batches, strict=True):
+        for one, other in zip(batch, batch_of(rollout, args), strict=True):
+            close(one, other)
+        assert len(set(given)) == 8 and not set(given) & set(prompts[:6])
+        drawn.append(frozenset(given))
     assert len(set(drawn)) == 4
 
 
@@ -615,170 +862,277 @@ def test_a_run_can_be_repeated_and_evaluations_do_not_change_it(make, tmp_path):
     results = []
     for i, flags in enumerate(({}, {}, {"eval_interval": 8}, {"seed": 4})):
         (tmp_path / str(i)).mkdir()
-        points = scalars(train(tmp_path / str(i), make(reward_noise=0.5, advantage_noise=0.1, **flags)))
-        results.append({tag: series for tag, series in points.items() if not tag.startswith("eval/")})
+        args = make(reward_noise=0.5, advantage_noise=0.1, **flags)
+        points = scalars(train(tmp_path / str(i), args))
+        results.append({tag: x for tag, x in points.items() if not tag.startswith("eval/")})
     assert results[0] == results[1] == results[2] != results[3]
-
-
-def test_noise_is_in_units_of_the_scores_deviation_and_not_reported(make, tmp_path, monkeypatch):
-    add_noise, update, seen, batches = script.add_noise, script.update, [], []
-    monkeypatch.setattr(script, "add_noise", lambda *x: seen.append(x[:2]) or add_noise(*x))
-    monkeypatch.setattr(script, "update", lambda *x: batches.append(x[2]) or update(*x))
-    points = scalars(train(tmp_path, make(reward_noise=0.5, kl_coef=0.0)))
-    scores = np.stack([scores for scores, _ in seen])
-    for i, (_, std) in enumerate(seen):
-        assert std == pytest.approx(0.5 * scores[: i + 1].std(), rel=1e-3)
-    assert [value for _, value in points["objective/score"]] == pytest.approx(scores.mean(1))
-    rewards = [returns[range(8), mask.sum(1) - 1].numpy() for _, _, mask, _, _, returns in batches]  # on the last token
-    assert 0.3 < ((np.stack(rewards) - scores) / [[std] for _, std in seen]).std() < 2
-    assert sum(value for _, value in points["advantage/sign_flips_noise"]) > 0
 
 
 def same_checkpoint(run, other):
     """To the bit."""
     saved, expected = checkpoint_of(run), checkpoint_of(other)
-    for key in ("iteration", "agent", "optimizer", "stats"):
+    for key in ("iteration", "agent"):
         torch.testing.assert_close(saved[key], expected[key], rtol=0, atol=0)
+    states = (saved["optimizer"]["state"], expected["optimizer"]["state"])
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("flags", [dict(kind="llama"), dict(kind="llama", bf16=True), dict(kind="gpt2")])
+@pytest.mark.parametrize(
+    "flags", [{"kind": "llama"}, {"kind": "llama", "bf16": True}, {"kind": "gpt2"}]
+)
 def test_a_run_with_lora_goes_on_where_it_was(flags, make, tmp_path, monkeypatch):
-    save, kept = script.save, []
-    monkeypatch.setattr(script, "save", lambda path, **state: save(path, **state) or kept.append(path.read_bytes()))
+    save_checkpoint, kept = script.save_checkpoint, []
+
+    def saving(path, **state):
+        save_checkpoint(path, **state)
+        kept.append(path.read_bytes())
+
+    monkeypatch.setattr(script, "save_checkpoint", saving)
     whole, parts = tmp_path / "whole", tmp_path / "parts" / "runs" / "run"
     whole.mkdir()
     run = train(whole, make(lora_rank=4, reward_noise=0.3, eval_interval=16, **flags))
-    assert len(kept) == 4
+    assert len(kept) == 5
     parts.mkdir(parents=True)
-    (parts / "checkpoint.pt").write_bytes(kept[1])  # of the second iteration
-    saved = checkpoint_of(parts)
-    train(tmp_path / "parts", script.Args(**saved["args"] | {"resume": str(parts)}), saved)
+    (parts / "checkpoint.pt").write_bytes(kept[2])  # of the second iteration
+    checkpoint = checkpoint_of(parts)
+    args = script.Args(**checkpoint["args"] | {"resume": str(parts)})
+    train(tmp_path / "parts", args, checkpoint)
     same_checkpoint(parts, run)
-    assert scalars(parts) == {tag: [x for x in series if x[0] > 16] for tag, series in scalars(run).items()}
+    for tag, series in scalars(run).items():
+        assert scalars(parts)[tag] == [x for x in series if x[0] > 16]
 
 
 def test_a_longer_run_learns_at_the_rate_that_is_typed(make, tmp_path):
     run = train(tmp_path, make())
-    saved = checkpoint_of(run)
-    flags = {"resume": str(run), "total_episodes": 40, "learning_rate": 0.0}
-    train(tmp_path, script.Args(**saved["args"] | flags), saved)
+    checkpoint = checkpoint_of(run)
+    flags = {"resume": str(run), "total_episodes": 40, "learning_rate": 1e-30}
+    train(tmp_path, script.Args(**checkpoint["args"] | flags), checkpoint)
     assert checkpoint_of(run)["iteration"] == 5
-    torch.testing.assert_close(checkpoint_of(run)["agent"], saved["agent"], rtol=0, atol=0)
+    torch.testing.assert_close(checkpoint_of(run)["agent"], checkpoint["agent"], rtol=0, atol=1e-9)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, monkeypatch):
-    """To the bit: one that is killed, resumed, stopped by a signal, and resumed again."""
-    args = make(total_episodes=8 * 24, eval_interval=64, reward_noise=0.3)
+def typed(args):
+    """The flags of a command."""
+    command = []
+    for name, value in vars(args).items():
+        if type(value) in (int, float, str):
+            command.append(f"--{name.replace('_', '-')}={value}")
+    return [*command, "--no-cuda"]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(make, tmp_path, monkeypatch):
+    """To the bit."""
+    args = make(total_episodes=8 * 12, eval_interval=32, reward_noise=0.3)
     (tmp_path / "whole").mkdir()
     whole = train(tmp_path / "whole", args)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
-             if type(value) in (int, float, str) and name != "resume"]  # fmt: skip
-    folder, command = tmp_path / "in parts", [*flags, "--no-cuda"]
+    folder = tmp_path / "in parts"
     folder.mkdir()
-    for number, at in ((signal.SIGKILL, 2), (signal.SIGTERM, 8)):
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen([sys.executable, SCRIPT, *command], cwd=folder, **pipes)
-        while not (found := [*folder.glob("runs/*/checkpoint.pt")]) or checkpoint_of(found[0].parent)["iteration"] < at:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-        run = found[0].parent
-        command = ["--resume", str(run)]
-        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), errors
-    assert f'--resume "{run}"' in output and "Traceback" not in errors
-    assert checkpoint_of(run)["iteration"] < 24
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *typed(args)], cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    while True:
+        found = [*folder.glob("runs/*/checkpoint.pt")]
+        if found and checkpoint_of(found[0].parent)["iteration"] >= 2:
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    run = found[0].parent
+    assert checkpoint_of(run)["iteration"] < 12
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(run)])
     train(folder, *script.read_flags())
     same_checkpoint(run, whole)
     assert scalars(run) == scalars(whole)
 
 
-# ------------------------------------------------------------------------------------------------------ flags and files
+def test_two_runs_that_start_at_the_same_time_have_folders_of_their_own(make, tmp_path):
+    """Also if the clock says exactly the same."""
+    (tmp_path / "same.py").write_text(
+        "import runpy, sys, time\n"
+        "time.time = lambda: 1.8e9\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "same.py", SCRIPT, *typed(make(total_episodes=8))]
+    runs = [subprocess.Popen(command, cwd=tmp_path) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert len([*tmp_path.glob("runs/*/model")]) == 2
 
 
+# ----------------------------------------------------------------------------- flags and files
+
+
+CHAT = [{"role": "user", "content": "go"}]
 REFUSED = [  # flags, what the line says
-    ("--model nothing", "couldn't find them"),
+    ("--model nothing", "nothing"),
     ("--model empty", "empty"),
-    ("--reward-model nothing", "couldn't find them"),
-    ("--reward-label None", "policy/../proxy has 2 classes: choose one by --reward-label"),
-    ("--reward-label 2", "classes: choose one by --reward-label 0 to 1"),
-    ("--gold-model policy/../proxy --reward-model policy/../scalar --reward-label None", "proxy has 2 classes"),
+    ("--reward-model nothing", "nothing"),
+    ("--model classifier", "classifier does not fit AutoModelForCausalLM: look at its lm_head"),
+    ("--reward-model policy", "policy does not fit AutoModelForSequenceClassification"),
+    ("--gold-model policy", "look at its score.weight"),
+    ("--model tied-classifier", "tied-classifier does not fit AutoModelForCausalLM"),
+    ("--model bidirectional", "bidirectional reads ahead: it is no causal language model"),
+    ("--model encoder-decoder", "encoder-decoder"),
+    ("--model t5", "T5Config"),
+    ("--model padded", "padded: its tokenizer has 61 tokens, its embeddings have 60"),
+    ("--reward-model padded-judge", "padded-judge: its tokenizer has 61 tokens"),
+    ("--reward-label None", "proxy has the classes {0: 'LABEL_0', 1: 'LABEL_1'}: choose"),
+    ("--reward-label 2", "choose one by --reward-label"),
+    ("--gold-model proxy --reward-model scalar --reward-label None", "proxy has the classes"),
+    ("--reward rewards.py:nothing", "nothing"),
+    ("--reward nothing.py:score", "nothing.py"),
     ("--prompts nothing.csv", "nothing.csv"),
-    ("--prompt-column nothing", "has no column nothing"),
-    ("--target-coef 0.1 --target-column nothing", "has no column prompt or no nothing"),
-    ("--prompts empty.txt", "empty.txt"),
+    ("--prompt-column nothing", "0 prompts in column nothing"),
     ("--prompts latin.csv", "utf-8"),
-    ("--prompts broken.jsonl", ""),
-    ("--prompts table.tsv", "table.tsv" if find_spec("datasets") else "datasets"),
-    ("--eval-episodes 30", "fewer than --eval-episodes"),
-    ("--response-length 60", "--response-length must be"),
-    ("--prompt-length 60", "--prompt-length and"),
-    ("--prompt-length 0", "--prompt-length and"),
-    ("--num-minibatches 3", "--num-minibatches"),
-    ("--num-minibatches 8", "--num-minibatches"),  # one response cannot be normalised
-    ("--total-episodes 7", "--total-episodes"),
-    ("--Z 0", "--Z"), ("--alpha=-1", "--alpha"), ("--reward-noise=-1", "--reward-noise"),
-    ("--advantage-noise 1.1", "--advantage-noise"),
+    ("--prompts broken.jsonl", "line 2"),
+    ("--prompts numbers.jsonl", "numbers.jsonl: prompt 3 is no text"),
+    ("--prompts mixed.jsonl", "mixed.jsonl: prompt 2 is no text, or not chat as the rest"),
+    ("--prompts chat.jsonl", "chat_template"),
+    ("--eval-episodes 30", "less than eval_episodes + batch_size"),
+    ("--response-length 60", "prompt_length and response_length: policy has 64 tokens"),
+    ("--num-minibatches 3", "batch_size must divide by num_minibatches"),
+    ("--num-minibatches 8", "batch_size must divide"),  # one response cannot be normalised
+    ("--total-episodes 7", "total_episodes"),
+    ("--Z 0", "Z must be negative"),
+    ("--alpha=-1", "alpha must be positive or 0"),
+    ("--advantage-noise 1.1", "advantage_noise at most 1"),
     ("--resume .", "checkpoint.pt"),
-]  # fmt: skip
+]
+POSITIVE = """prompt_length response_length temperature total_episodes batch_size num_minibatches
+    micro_batch_size update_epochs learning_rate clip_coef max_grad_norm eval_episodes lora_alpha
+    checkpoint_interval""".split()
+REFUSED += [
+    (f"--{name.replace('_', '-')}={value}", f"{name} must be positive")
+    for name in POSITIVE
+    for value in (0, -1)
+]
 
 
-def start(flags, make, tmp_path, monkeypatch, capsys):
-    """Starts the script within this process, where files lie about: what it writes to stderr."""
-    for name in ("policy", "proxy", "scalar"):
-        (tmp_path / name).symlink_to(Path(make().model).parent / name)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "latin.csv").write_bytes("prompt\ncafé\n".encode("latin-1"))
-    (tmp_path / "broken.jsonl").write_text("{")
-    (tmp_path / "table.tsv").write_text("prompt\nIt was\n")
-    files = set(tmp_path.rglob("*"))
-    usual = f"--model policy --reward-model policy/../proxy --reward-label 1 --prompts {make().prompts} --batch-size 8"
-    usual += " --num-minibatches 2 --eval-episodes 8 --prompt-length 12 --response-length 8 --total-episodes 32"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *usual.split(), *flags.split()])
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", None)  # what is not refused fails, and soon
+@pytest.fixture(scope="module")
+def wrong(models, tmp_path_factory):
+    """A folder with models and prompt files that are wrong, and some that are right."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name in ("policy", "proxy", "scalar", "prompts.csv"):
+        (folder / name).symlink_to(models / "gpt2" / name)
+    (folder / "classifier").symlink_to(models / "llama" / "proxy")
+    (folder / "tied-classifier").symlink_to(models / "gpt2" / "proxy")
+    (folder / "empty").mkdir()
+    save(make_model(CAUSAL, "bert"), folder / "bidirectional")
+    save(make_model(CAUSAL, "bart"), folder / "encoder-decoder")
+    small = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=60, **small))
+    save(t5, folder / "t5")
+    padded = make_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    save(CAUSAL.from_pretrained(folder / "policy"), folder / "padded", padded)
+    save(CLASSIFIER.from_pretrained(folder / "proxy"), folder / "padded-judge", padded)
+    (folder / "rewards.py").write_text("def score(texts, *_): return [0.0] * len(texts)\n")
+    (folder / "latin.csv").write_bytes("prompt\ncafé\n".encode("latin-1"))
+    (folder / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    rows = {"numbers": ["a", "b", 5], "mixed": ["a", CHAT], "chat": [CHAT] * 30}
+    for name, prompts in rows.items():
+        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+USUAL = """--model policy --reward-model proxy --reward-label 1 --prompts prompts.csv --batch-size 8
+    --num-minibatches 2 --eval-episodes 8 --prompt-length 12 --response-length 8 --no-cuda
+    --total-episodes 32 --torch-threads 1"""
+
+
+def refused(flags, folder, monkeypatch, capsys) -> str:
+    """Starts the script within this process. Returns its one line on stderr."""
+    files = set(folder.rglob("*"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *USUAL.split(), *shlex.split(flags)])
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", None)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    output, error = capsys.readouterr()
-    assert end.value.code == 2 and output == "" and set(tmp_path.rglob("*")) == files
-    return error
+    assert end.value.code == 2
+    assert set(folder.rglob("*")) == files
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 @pytest.mark.parametrize("flags, named", REFUSED)
-def test_it_is_refused_in_one_line(flags, named, make, tmp_path, monkeypatch, capsys):
-    error = start(flags, make, tmp_path, monkeypatch, capsys)
-    assert len(error.splitlines()) == 1 and error.startswith("sppo_rlhf.py: ") and named in error
+def test_it_is_refused_in_one_line(flags, named, wrong, monkeypatch, capsys):
+    line = refused(flags, wrong, monkeypatch, capsys)
+    assert line.startswith("sppo_rlhf.py: ") and named in line
 
 
-def test_presets(make, tmp_path, monkeypatch, capsys):
-    assert "imdb" in start("--preset nothing", make, tmp_path, monkeypatch, capsys)
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--preset", "imdb", "--seed", "5"])
-    args, saved = script.read_flags()
-    assert vars(args).items() >= (script.PRESETS["imdb"] | {"preset": "imdb", "seed": 5}).items() and not saved
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--kl-coef", "0.5", "--preset=tldr"])
-    args, _ = script.read_flags()
-    assert vars(args).items() >= (script.PRESETS["tldr"] | {"preset": "tldr", "kl_coef": 0.5}).items()
+def test_a_run_cannot_go_on_with_other_weights(make, wrong, tmp_path, monkeypatch, capsys):
+    run = train(tmp_path, make(lora_rank=4, total_episodes=8))
+    llama = make("llama").model
+    for flags in ("--lora-rank 8", "--lora-rank 0", f"--model {llama}"):
+        line = refused(f"--resume {run} {flags} --total-episodes 16", wrong, monkeypatch, capsys)
+        assert "other weights" in line or "size mismatch" in line
 
 
-def test_prompts_are_read(make, tmp_path):
-    rows = [{"prompt": " It was, so", "target": "good"}, {"prompt": "é", "target": ""}, {"prompt": " ", "target": "x"}]
-    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["prompt", "target"])
-        writer.writeheader()
-        writer.writerows(rows)
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    (tmp_path / "a.txt").write_text("It was, so\né\n\n", encoding="utf-8")
-    for suffix, targets in (("csv", ("good", "")), ("jsonl", ("good", "")), ("txt", ("", ""))):
-        prompts = script.read_prompts(make(prompts=str(tmp_path / f"a.{suffix}")))
-        assert prompts == [("It was, so", targets[0]), ("é", targets[1])]
-    (tmp_path / "short.csv").write_text("number,prompt\n1,It was\n2\n3,so\n")  # a row has no prompt
-    assert [x for x, _ in script.read_prompts(make(prompts=str(tmp_path / "short.csv")))] == ["It was", "so"]
+def test_prompts_are_read_as_they_are_written(make, tmp_path):
+    """With a byte order mark or without, blank lines, other columns, long fields, an array."""
+    texts = [" It was, so\n", "é", "a" * 140_000, *("so" for _ in range(20))]
+    rows = [{"number": 1, "prompt": text} for text in [*texts, "", " ", None]]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for encoding in ("utf-8", "utf-8-sig"):
+        with open(tmp_path / "a.csv", "w", newline="", encoding=encoding) as file:
+            writer = csv.DictWriter(file, ["prompt", "number"])
+            writer.writeheader()
+            writer.writerows(rows)
+            file.write("\n\n")
+        written = {"a.jsonl": "\n".join(lines) + "\n\n", "b.jsonl": "\n".join(["", *lines])}
+        written |= {"a.json": json.dumps(rows, indent=1), "c.jsonl": "\r\n".join(lines)}
+        for name, text in written.items():
+            (tmp_path / name).write_bytes(text.encode(encoding))
+        for name in ("a.csv", *written):
+            args = make(prompts=str(tmp_path / name))
+            assert script.read_prompts(args) == texts, (name, encoding)
 
 
-def test_a_share_of_the_words_is_the_prompt(make, tmp_path):
-    (tmp_path / "a.txt").write_text("a b  c d e\none\n")
-    args = make(prompts=str(tmp_path / "a.txt"), prompt_share=0.5, target_coef=0.1)
-    assert script.read_prompts(args) == [("a b", " c d e")]
-    assert Counter(len(x.split()) for x, _ in script.read_prompts(make(prompt_share=0.5))) == {1: 8, 2: 12, 3: 12}
+COMMANDS = {  # hub names of docs/language_models.md -> kind, of what
+    "lvwerra/gpt2-imdb": ("gpt2", CAUSAL, {}),
+    "lvwerra/distilbert-imdb": ("distilbert", CLASSIFIER, {"num_labels": 2}),
+    "EleutherAI/gpt-j-6b": ("gptj", CAUSAL, {}),
+    "cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr": ("gpt_neox", CAUSAL, {}),
+    "cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr": (
+        "gpt_neox",
+        CLASSIFIER,
+        {"num_labels": 1},
+    ),
+}
+
+
+def documented():
+    text = Path(SCRIPT.parent, "docs", "language_models.md").read_text(encoding="utf-8")
+    commands = text.replace("\\\n", " ").splitlines()
+    commands = [line.split() for line in commands if line.startswith("    python sppo_rlhf.py")]
+    return [line[2:] for line in commands if any(word in COMMANDS for word in line)]
+
+
+@pytest.mark.parametrize("flags", documented(), ids=lambda flags: flags[1].split("/")[-1])
+def test_documented_commands_train_tiny_models_of_the_same_kind(
+    flags, tmp_path, monkeypatch, capsys
+):
+    for name in flags:
+        if name in COMMANDS:
+            kind, auto_class, options = COMMANDS[name]
+            longer = {"max_position_embeddings": 1024} if kind != "gpt2" else {"n_positions": 1024}
+            save(make_model(auto_class, kind, **options, **longer), tmp_path / name)
+    file = flags[flags.index("--prompts") + 1]
+    rows = [json.dumps({"prompt": text}) for text in SENTENCES * 60]
+    (tmp_path / file).write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    given = {"--total-episodes": flags[flags.index("--batch-size") + 1], "--eval-episodes": "8"}
+    given |= {"--update-epochs": "1", "--response-length": "6", "--torch-threads": "1"}
+    given |= {"--eval-interval": "0"}
+    for flag, value in given.items():
+        if flag in flags:
+            flags[flags.index(flag) + 1] = value
+        else:
+            flags = [*flags, flag, value]
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *flags, "--no-cuda"])
+    script.main(*script.read_flags())
+    assert f"score at {given['--total-episodes']} steps" in capsys.readouterr().out
+    (model,) = tmp_path.glob("runs/*/model")
+    CAUSAL.from_pretrained(model)

