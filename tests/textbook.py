@@ -1,15 +1,18 @@
-"""The equations once more, slowly: float64 NumPy, one sample at a time, gradients derived by hand."""
+"""The equations once more, slowly: float64 NumPy, a sample at a time, gradients derived by hand."""
 
 import numpy as np
 
 
 def symmetric_ppo(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, importance_weighted):
-    """Per sample: forward terms (batch,), reverse terms (batch,), gradients of the mean loss (batch, D)."""
-    forward, reverse = np.zeros(len(advantage)), np.zeros(len(advantage))
+    """Per sample: forward terms (batch,), reverse terms (batch,), gradients of the mean loss in
+    log π_d (batch, D). `logprob`, `old_logprob`: (batch, D); `advantage`: (batch,)."""
+    forward = np.zeros(len(advantage))
+    reverse = np.zeros(len(advantage))
     gradient = np.zeros(logprob.shape)
     for i, A in enumerate(advantage.tolist()):
         dimensions = len(logprob[i])
-        pi, pi_old = np.exp(logprob[i].sum()), np.exp(old_logprob[i].sum())
+        pi = np.exp(logprob[i].sum())
+        pi_old = np.exp(old_logprob[i].sum())
         r = pi / pi_old
         clipped = min(max(r, 1 - clip_coef), 1 + clip_coef)
         inside = 1 - clip_coef <= r <= 1 + clip_coef
@@ -27,18 +30,23 @@ def symmetric_ppo(logprob, old_logprob, advantage, alpha, beta, Z, clip_coef, im
 
 
 def symmetric_a2c(logprob, advantage, alpha, beta, Z):
-    """Per sample: forward terms, reverse terms, gradients of the mean loss; d log π = 1, d π = π in log π."""
-    pi = np.exp(logprob)
-    forward, reverse = -advantage * logprob, -advantage * Z * (1 - pi)
-    return forward, reverse, (-alpha * advantage + beta * advantage * Z * pi) / len(advantage)
+    """As `symmetric_ppo`; d π_d / d log π_d = π_d."""
+    forward = np.zeros(len(advantage))
+    reverse = np.zeros(len(advantage))
+    gradient = np.zeros(logprob.shape)
+    for i, A in enumerate(advantage.tolist()):
+        pi = np.exp(logprob[i])
+        forward[i] = -A * sum(logprob[i])
+        reverse[i] = -A * Z * sum(1 - pi) / len(pi)
+        gradient[i] = -alpha * A + beta * A * Z * pi / len(pi)
+    return forward, reverse, gradient / len(advantage)
 
 
 def gae(rewards, values, dones, final_values, next_value, gamma, gae_lambda):
     """A_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode or of the rollout.
 
-    All (num_steps, num_envs) but `next_value` (num_envs,). `final_values`: what the last observation of an episode is
-    worth; 0 where the episode ended by itself.
-    """
+    All (num_steps, num_envs) but `next_value` (num_envs,). `final_values`: what the last
+    observation of an episode is worth; 0 where the episode ended by itself."""
     num_steps, num_envs = rewards.shape
     advantages = np.zeros((num_steps, num_envs))
     for env in range(num_envs):
