@@ -10,6 +10,7 @@ from scipy import stats
 from score import read
 
 RESULTS = Path(__file__).parent / "results"
+NO_NAME = r" --(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+"  # flags left out
 
 
 def interval(scores) -> tuple[float, float]:
@@ -30,7 +31,8 @@ def markdown(header: str, rows: list[list]) -> str:
 
 
 def peers() -> dict[tuple[str, str, int], dict[int, dict]]:
-    """Rows by method, environment and steps, then by seed: Stable-Baselines3 and the uniform policy."""
+    """Rows of Stable-Baselines3 and the uniform policy: by method, environment and steps, then by
+    seed."""
     rows = defaultdict(dict)
     for row in read(RESULTS / "reference.csv"):
         env = re.sub("(.*)NoFrameskip-v4", r"ALE/\1-v5", row["env_id"])
@@ -45,9 +47,7 @@ def ours() -> dict[tuple[str, str, int], dict[int, dict]]:
         command = row["command"]
         env = re.search(r"--env-id (\S+)", command)[1]
         seed = int(re.search(r"--seed (\S+)", command)[1])
-        name = re.sub(
-            r" --(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+", "", command
-        )
+        name = re.sub(NO_NAME, "", command)
         rows[name, env, int(row["steps"])][seed] = row
     return rows
 

@@ -15,19 +15,24 @@ TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glo
 SCRIPTS = pytest.mark.parametrize("script", TEXTS)
 LONGER = {"ppo_baseline.py": 500, "sppo_rlhf.py": 500}
 MOST_LINES = 450
-MOST_TOKENS_A_LINE = 12.5
-MOST_TOKENS_IN_A_LINE = 34
+MOST_TOKENS_A_LINE = 12
+MOST_TOKENS_IN_A_LINE = 35
 
-# Several things that one line may assign, since they belong together.
-TOGETHER = {
+# Pairs that one line may assign, since they belong together. A new one is a decision.
+PAIRS = {
     ("next_value", "next_advantage"),
+    ("obs", "next_obs"),
+    ("rollout['logprobs']", "rollout['values']"),
+    ("self.obs_stats", "self.return_stats"),
+    ("self.score", "self.length"),
+    ("values", "dones"),
 }
 
 
 def test_ruff_format_changes_nothing():
     command = [sys.executable, "-m", "ruff", "format", "--check", ROOT]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, re.findall(r"--> (.+?):", done.stdout) or done.stderr
 
 
 @SCRIPTS
@@ -55,6 +60,6 @@ def test_a_line_assigns_one_thing(script):
         assert not isinstance(node, ast.NamedExpr), ast.unparse(node)
         if isinstance(node, ast.Assign):
             assert len(node.targets) == 1, ast.unparse(node)
-            if isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
-                names = tuple(map(ast.unparse, node.targets[0].elts))
-                assert names in TOGETHER, ast.unparse(node)
+            if isinstance(node.value, ast.Tuple | ast.List):
+                names = getattr(node.targets[0], "elts", None)
+                assert not names or tuple(map(ast.unparse, names)) in PAIRS, ast.unparse(node)
