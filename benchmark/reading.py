@@ -28,11 +28,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 100
 ALGORITHM = re.compile(
-    r"\w*loss|gae|normalize|\w*noise|flip_\w+|collect\w*|update|\w*Agent|layer_init|Rollout|in_numpy"
-    r"|gradient|as_vector|generate|logprobs\w*|RMSprop\w*|split_tokens|token_\w+"
+    r"\w*loss|gae|normalize|\w*noise|flip_\w+|collect\w*|update|\w*Agent|layer_init|mlp"
+    r"|RMSprop\w*|token_\w+"
 )
 MACHINE = re.compile(
-    r"read_flags|start_logging|save\w*|spare_\w+|set_\w+|on_exit|Forgiving|main_block"
+    r"read_flags|refusing|start_logging|write_logs|save_\w+|set_seeds|spare_\w+|in_numpy"
 )
 NOT_COUNTED = {
     tokenize.COMMENT,
