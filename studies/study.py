@@ -5,9 +5,7 @@
     python studies/study.py report smoke              # what it says: Markdown and figures
 
 A run is the real script in a folder of its own, study_runs/STUDY/RUN/, and is finished once its
-done.json lies there. However a study ends, its scripts end with it, and the same command goes on:
-runs continue from their last checkpoint, those without one start anew. `--ray ADDRESS` gives the
-runs to a cluster; their files come back into the same folders.
+done.json lies there. However a study ends, its scripts end with it, and the same command goes on.
 """
 
 import argparse
@@ -15,7 +13,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from study_file import Cell, Study, StudyError, load
+from study_file import Cell, Study, StudyError, check_flags, load
 from study_results import collect, commands, key_of, read_table
 from study_run import finished, run_here, run_on_ray
 from tqdm import tqdm
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 def run(study: Study, folder: Path, args: argparse.Namespace) -> int:
     """Runs what is not finished; returns the exit status."""
+    check_flags(study)
     rows = read_table(args.results, "runs") if args.results else []
     if args.results and not rows:
         raise StudyError(f"{args.results} holds no runs")
@@ -87,17 +86,13 @@ def main() -> int:
     else:
         from study_report import report  # its libraries take seconds to load
 
-        scale = f" --scale {args.scale}" if args.scale else ""
-        report(study, results, f"python studies/study.py run {args.study}{scale}")
+        report(study, results)
     return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except StudyError as error:
+    except (StudyError, OSError) as error:  # a full disk, say: tables and pages are as they were
         print(f"study.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, say: tables and pages are as they were
-        print(f"study.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, StudyError) else 1)

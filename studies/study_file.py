@@ -149,7 +149,8 @@ def make_cells(study: Study, methods: dict, seeds: list[int], pilot: bool) -> li
             flags = f"{study.flags} {flags} {study.conditions[condition]}".format(**values)
         except (KeyError, ValueError, IndexError) as error:
             raise StudyError(f"method {method!r} on {env_id}: there is no value {error}") from None
-        check_flags(script, flags)
+        if set(RESERVED) & set(shlex.split(flags)):
+            raise StudyError(f"method {method!r}: the study itself sets {', '.join(RESERVED)}")
         run = f"{script} --env-id {env_id} --seed {seed} --total-timesteps {steps} {flags}"
         cells.append(Cell(method, env_id, condition, seed, pilot, run))
     return cells
@@ -187,13 +188,18 @@ def as_seeds(seeds: int | list[int]) -> list[int]:
 
 
 @functools.cache
-def check_flags(script: str, flags: str) -> None:
-    """Raises StudyError unless the script has these flags: a slip is found before the first run."""
+def flags_of(script: str) -> set[str]:
     if not (ROOT / script).is_file():
         raise StudyError(f"there is no script {script!r}")
     source = (ROOT / script).read_text(encoding="utf-8")
-    known = set(re.findall(r"^    (\w+): ", source, re.MULTILINE))  # among them those of `Args`
-    for flag in [word for word in shlex.split(flags) if word.startswith("--")]:
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag in RESERVED or not {name, name.removeprefix("no_")} & known:
-            raise StudyError(f"{script} has no flag {flag}, or the study sets it itself")
+    names = re.findall(r"^    (\w+): ", source, re.MULTILINE)  # among them those of `Args`
+    return {f"--{prefix}{name.replace('_', '-')}" for name in names for prefix in ("", "no-")}
+
+
+def check_flags(study: Study) -> None:
+    """Raises StudyError unless all scripts have their flags: before the first run, not late."""
+    for cell in study.cells:
+        script, *words = shlex.split(cell.template)
+        unknown = {word for word in words if word.startswith("--")} - flags_of(script)
+        if unknown:
+            raise StudyError(f"{script} has no flag {' '.join(sorted(unknown))}")

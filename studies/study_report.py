@@ -158,17 +158,17 @@ def verdicts(found: pd.DataFrame, named: bool = True) -> str:
     )
 
 
-def report(study: Study, folder: Path, command: str) -> None:
+def report(study: Study, folder: Path) -> None:
     """Writes `report.md` and its figures into `folder`, beside the tables."""
     results = Results(study, folder)
-    parts = [*head(results, command), *figures(results), *scores(results)]
+    parts = [*head(results), *figures(results), *scores(results)]
     parts += difference_table(results, "score", "Differences")
     parts += difference_table(results, "loss", "Lost by noise")
     write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     print(folder / "report.md")
 
 
-def head(results: Results, command: str) -> list[str]:
+def head(results: Results) -> list[str]:
     study, missing = results.study, [f"`{cell.name}`" for cell in results.missing]
     which = {"last": "the evaluation after its last update", "mean": "all its evaluations"}
     seeds = sorted({len(runs) for runs in results.cases.values()})
@@ -188,7 +188,6 @@ def head(results: Results, command: str) -> list[str]:
         f"the same run, and no tie.",
         *[verdicts(results.differences)] * bool(len(results.differences)),
         left if missing else "All of its runs are finished.",
-        f"`{command}` {'completes' if missing else 'repeats'} them.",
     ]
 
 

@@ -29,7 +29,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow
 
     parts = []
-    for path in folder.glob("runs/*/events.out.tfevents.*"):
+    for path in checkpoint_of(folder).parent.glob("events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
         steps = [point.step for points in tags.values() for point in points]
@@ -111,7 +111,7 @@ def collect(study: Study, folder: Path, results: Path) -> None:
     commands(study, folder, tables["runs"])
     for cell in study.cells:
         place = folder / cell.name
-        if any(place.glob("runs/*/events*")):
+        if checkpoint_of(place):
             points = scalars(place)
             key = dict(zip(KEY, cell.key))
             for name, rows in tables.items():

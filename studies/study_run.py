@@ -38,12 +38,8 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(path.with_name(f"{path.name}.tmp"), path)
 
 
-def finish(folder: Path, **record) -> None:
-    write_whole(folder / "done.json", f"{json.dumps(record, indent=1)}\n".encode())
-
-
 def finished(folder: Path) -> dict | None:
-    """What `finish` wrote of a run: command, steps and score."""
+    """What is known of a finished run: command, steps and score."""
     path = folder / "done.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -90,7 +86,8 @@ def run_script(folder: Path, script: Path, command: str, threads: int, save=lamb
     if process.returncode or not scores:
         return f"exit status {process.returncode}: {text.strip().splitlines()[-1]}"
     steps, score = scores[-1]  # it was seen to its end: its last score is the final one
-    finish(folder, command=command, steps=int(steps), score=float(score))
+    record = {"command": command, "steps": int(steps), "score": float(score)}
+    write_whole(folder / "done.json", json.dumps(record, indent=1).encode())
     return ""
 
 
@@ -105,44 +102,37 @@ def run_here(jobs: dict[str, str], folder: Path, workers: int, threads: int):
         yield from pool.imap_unordered(work, jobs.items())
 
 
-class Caller:
-    """The study's folder on the caller's machine, for tasks on all of them."""
+class Folders:
+    """Files of runs as bytes by name. On Ray, an actor that has those on the caller's machine."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, path: Path):
+        self.path = path
 
-    def fetch(self, name: str) -> dict[str, bytes]:
-        return pack(self.folder / name)
+    def read(self, run: str) -> dict[str, bytes]:
+        folder = self.path / run
+        files = [x for x in folder.rglob("*") if x.is_file() and x.suffix != ".tmp"]
+        return {x.relative_to(folder).as_posix(): x.read_bytes() for x in files}
 
-    def bring(self, name: str, files: dict[str, bytes]) -> None:
-        unpack(self.folder / name, files)
-
-
-def pack(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def unpack(folder: Path, files: dict[str, bytes]) -> None:
-    for name in sorted(files, key="done.json".__eq__):  # last: with it the run is finished
-        write_whole(folder / name, files[name])
+    def write(self, run: str, files: dict[str, bytes]) -> None:
+        for name in sorted(files, key="done.json".__eq__):  # last: with it the run is finished
+            write_whole(self.path / run / name, files[name])
 
 
 def run_away(caller, name: str, command: str, script: str, source: bytes, threads: int) -> str:
-    """`run_script` on whatever machine this is."""
+    """`run_script` on whatever machine this is, with files from the caller and back."""
     import ray
 
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place, "run")
-        unpack(folder, ray.get(caller.fetch.remote(name)))
-        if finished(folder):  # by a task that was lost between its work and its end
+        here = Folders(Path(place))
+        here.write(name, ray.get(caller.read.remote(name)))
+        if finished(here.path / name):  # by a task that was lost between its work and its end
             return ""
-        write_whole(Path(place, script), source)
+        here.write("", {script: source})
 
         def save() -> None:
-            ray.get(caller.bring.remote(name, pack(folder)))
+            ray.get(caller.write.remote(name, here.read(name)))
 
-        result = run_script(folder, Path(place, script), command, threads, save)
+        result = run_script(here.path / name, here.path / script, command, threads, save)
         save()
         return result
 
@@ -155,9 +145,11 @@ def run_on_ray(jobs: dict[str, str], folder: Path, address: str, threads: int, g
     ray.init(address, log_to_driver=False, ignore_reinit_error=True)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # machines need no checkout
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    caller = ray.remote(Caller).options(num_cpus=0, scheduling_strategy=here)
+    caller = ray.remote(Folders).options(num_cpus=0, scheduling_strategy=here)
     caller = caller.remote(folder.resolve())
     options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": MAX_RETRIES}
+    if not gpus:  # otherwise every run would see all of them
+        options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     task = ray.remote(run_away).options(**options)
     running = {}
     for name, command in jobs.items():
