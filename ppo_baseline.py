@@ -103,7 +103,7 @@ def validate(args: Args) -> None:
             "--pg-coef, --reward-noise must be at least 0, --advantage-noise in 0 to 1"
         )
     space = gym.make(args.env_id).action_space
-    if isinstance(space, gym.spaces.Box) and not space.is_bounded():
+    if not isinstance(space, gym.spaces.Discrete) and not space.is_bounded():
         raise ValueError(f"actions must have bounds: {space}")
 
 
@@ -171,7 +171,7 @@ class RunningMeanStd:
         self.std = np.sqrt(self.squares / self.count + 1e-8)
 
     def state_dict(self) -> dict:
-        return {name: torch.tensor(x) for name, x in vars(self).items()}
+        return {name: torch.tensor(x, dtype=torch.float64) for name, x in vars(self).items()}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update({name: x.numpy() for name, x in state.items()})

@@ -85,9 +85,10 @@ def validate(args: Args) -> None:
         raise ValueError(
             "--Z must be negative, --alpha and --beta not, --advantage-noise in 0 to 1"
         )
-    space = make_env(args.env_id).action_space
-    if isinstance(space, gym.spaces.Box) and not space.is_bounded():
-        raise ValueError(f"actions must have bounds: {space}")
+    env = make_env(args.env_id)
+    known = isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.is_bounded()
+    if not known or not isinstance(env.observation_space, gym.spaces.Box):
+        raise ValueError(f"cannot use {env.action_space}, {env.observation_space}")
 
 
 def make_env(env_id: str, **options) -> gym.Env:
@@ -110,7 +111,7 @@ class RunningMeanStd:
         self.std = np.sqrt(self.squares / self.count + 1e-8)
 
     def state_dict(self) -> dict:
-        return {name: torch.tensor(x) for name, x in vars(self).items()}
+        return {name: torch.tensor(x, dtype=torch.float64) for name, x in vars(self).items()}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update({name: x.numpy() for name, x in state.items()})
@@ -188,7 +189,7 @@ class BinnedAgent(nn.Module):
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environment gets for bins (D,)."""
         action = self.bins[np.arange(len(self.bins)), action]
-        return action.reshape(self.space.shape).astype(self.space.dtype)
+        return action.reshape(self.space.shape).astype(self.space.dtype)[()]
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
@@ -291,6 +292,8 @@ def update(agent: BinnedAgent, optimizer, batch: list, args: Args) -> dict:
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    if not grad_norm.isfinite():
+        raise FloatingPointError(f"the gradient is not finite: {policy_loss=}, {value_loss=}")
     optimizer.step()
 
     share = logprob.exp().mean() / logprob.shape[1]
@@ -376,14 +379,6 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
     return run, writer
 
 
-def write_logs(writer: SummaryWriter, logs: dict, step: int) -> None:
-    """Writes to TensorBoard. Raises FloatingPointError where the run has diverged."""
-    for tag, value in logs.items():
-        if not np.isfinite(float(value)):
-            raise FloatingPointError(f"not finite at step {step}: {logs}")
-        writer.add_scalar(tag, value, step)
-
-
 def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.set_num_threads(args.torch_threads)
     num_iterations = args.total_timesteps // args.num_steps
@@ -432,7 +427,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             logs["losses/explained_variance"] = 1 - advantages.var() / returns.var()
             logs["advantage/sign_flips_noise"] = (advantages * clean_advantages < 0).mean()
             logs["charts/SPS"] = args.num_steps / (time.time() - start_time)
-            write_logs(writer, logs, step + args.num_steps)
+            for tag, value in logs.items():
+                writer.add_scalar(tag, value, step + args.num_steps)
         for t, score, length in finished:
             writer.add_scalar("charts/episodic_return", score, step + t + 1)
             writer.add_scalar("charts/episodic_length", length, step + t + 1)

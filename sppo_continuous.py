@@ -8,9 +8,8 @@ action taken, the product over dimensions, π_old when it was taken, r = π / π
                                                 m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-α = 1 and β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`, so SPPO is PPO
-whose policy loss is multiplied by α + β|Z|: `--alpha 20.5 --beta 0` trains the same as the
-defaults, but for rounding. Without the division by π_old the two terms really differ.
+α = 1, β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`: with `--alpha 20.5
+--beta 0` it trains the same as with the defaults. Without the division by π_old they really differ.
 
 One iteration:
     1. act for `num_steps` steps                                    collect
@@ -88,9 +87,10 @@ def validate(args: Args) -> None:
         raise ValueError(
             "--Z must be negative, --alpha and --beta not, --advantage-noise in 0 to 1"
         )
-    space = make_env(args.env_id).action_space
-    if isinstance(space, gym.spaces.Box) and not space.is_bounded():
-        raise ValueError(f"actions must have bounds: {space}")
+    env = make_env(args.env_id)
+    known = isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.is_bounded()
+    if not known or not isinstance(env.observation_space, gym.spaces.Box):
+        raise ValueError(f"cannot use {env.action_space}, {env.observation_space}")
 
 
 def make_env(env_id: str, **options) -> gym.Env:
@@ -113,7 +113,7 @@ class RunningMeanStd:
         self.std = np.sqrt(self.squares / self.count + 1e-8)
 
     def state_dict(self) -> dict:
-        return {name: torch.tensor(x) for name, x in vars(self).items()}
+        return {name: torch.tensor(x, dtype=torch.float64) for name, x in vars(self).items()}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update({name: x.numpy() for name, x in state.items()})
@@ -191,7 +191,7 @@ class BinnedAgent(nn.Module):
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environment gets for bins (D,)."""
         action = self.bins[np.arange(len(self.bins)), action]
-        return action.reshape(self.space.shape).astype(self.space.dtype)
+        return action.reshape(self.space.shape).astype(self.space.dtype)[()]
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
@@ -215,7 +215,7 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
 
     mask = unclipped <= clipped  # where the minimum has a gradient
     if args.importance_weighted_reverse:
-        weight = (1 - joint_logprob.exp()) / old_joint_logprob.exp()
+        weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old, kept finite
     else:
         weight = (1 - logprob.exp()).mean(1)
     reverse_loss = -(mask * advantage * args.Z * weight).mean()
