@@ -8,9 +8,9 @@ its probability π, π_old when it was sampled, their ratio r = π / π_old, and
                                                 m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse + vf_coef · value loss
 
-α = 1, β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`, so `--alpha 0.9
---beta 0` trains the same as the defaults, but for rounding. Without the division by π_old, the plain
-form (`--no-importance-weighted-reverse`), the two really differ. One iteration:
+α = 1, β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`: α + β|Z|, β = 0
+trains the same, but for rounding. Without the division by π_old, the plain form
+(`--no-importance-weighted-reverse`), the two terms really differ. One iteration:
 
     1. sample responses to prompts, and score them                  collect_responses
     2. reward each token with -kl_coef · log(π_old / π_ref), the
@@ -154,10 +154,10 @@ def load(kind, name: str, dtype) -> tuple[nn.Module, transformers.PreTrainedToke
     """A pretrained model without dropout, so that π is what was sampled, and its tokenizer. Raises
     ValueError where a head or other weights are missing: they would be random."""
     model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    heads = {key for key in found["unexpected_keys"] if key.startswith(("score", "classifier"))}
-    if found["missing_keys"] or heads:
-        names = sorted(found["missing_keys"] or heads)
-        raise ValueError(f"{name} does not fit {kind.__name__}: look at its {names[0]}")
+    heads = [key for key in found["unexpected_keys"] if key.startswith(("score", "classifier"))]
+    wrong = sorted(found["missing_keys"]) + heads
+    if wrong:
+        raise ValueError(f"{name} does not fit {kind.__name__}: look at its {wrong[0]}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     size = max(tokenizer.get_vocab().values()) + 1
     known = model.get_input_embeddings().weight.shape[0]
@@ -195,8 +195,7 @@ class Judge:
         for first in range(0, len(texts), self.batch_size):
             part = texts[first : first + self.batch_size]
             batch = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
-            with torch.autocast(self.device.type, enabled=False):
-                logits = self.model(**batch.to(self.device)).logits.float()
+            logits = self.model(**batch.to(self.device)).logits.float()
             scores.append(logits if logits.shape[1] == 1 else logits.softmax(1)[:, [self.label]])
         return torch.cat(scores).squeeze(1)
 
@@ -209,20 +208,20 @@ class LanguageAgent(nn.Module):
         super().__init__()
         dtype = torch.bfloat16 if args.bf16 and args.lora_rank else torch.float32
         self.policy, self.tokenizer = load(transformers.AutoModelForCausalLM, args.model, dtype)
-        self.value, _ = load(transformers.AutoModel, args.model, dtype)
+        self.value = copy.deepcopy(self.policy.base_model)  # the policy without its head
         length = self.tokenizer.model_max_length
         if args.prompt_length + args.response_length > length:
             raise ValueError(f"prompt_length and response_length: {args.model} has {length} tokens")
         self.tokenizer.model_max_length = args.prompt_length
         self.tokenizer.padding_side = "left"
         alike = torch.tensor([[0, 1, 2], [0, 1, 0]])  # but for the last token
-        for network in (self.policy, self.value):
-            output = network(alike)[0][:, :2].detach().float()
-            if not torch.allclose(output[0], output[1], rtol=1e-3, atol=1e-3):
-                raise ValueError(f"{args.model} reads ahead: it is no causal language model")
-        self.value_head = nn.Linear(output.shape[-1], 1)
+        hidden = self.value(alike)[0].detach().float()
+        if not torch.allclose(hidden[0, :2], hidden[1, :2], rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{args.model} reads ahead: it is no causal language model")
+        self.value_head = nn.Linear(hidden.shape[-1], 1)
 
         self.temperature = args.temperature
+        self.precision = {"dtype": torch.bfloat16, "enabled": args.bf16, "cache_enabled": False}
         self.loaded_settings = self.policy.generation_config
         ends = self.loaded_settings.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
@@ -247,7 +246,8 @@ class LanguageAgent(nn.Module):
         """Positions count from the first token that is no padding; GPT-2 would count padding."""
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
-        return network(**inputs, use_cache=False, **options)
+        with torch.autocast(tokens.device.type, **self.precision):
+            return network(**inputs, use_cache=False, **options)
 
     def logprobs(self, tokens, attention, T: int, network=None) -> torch.Tensor:
         """Log-probabilities (batch, T) of the responses' tokens."""
@@ -262,7 +262,11 @@ class LanguageAgent(nn.Module):
     def values(self, tokens, attention, T: int) -> torch.Tensor:
         """Values (batch, T) of the texts before each of the responses' tokens."""
         hidden = self.run(self.value, tokens, attention).last_hidden_state[:, -T - 1 : -1]
-        return self.value_head(hidden.float()).squeeze(2).float()
+        return self.value_head(hidden.float()).squeeze(2)
+
+    def state_dict(self) -> dict[str, nn.Parameter]:
+        """What is trained."""
+        return {name: x for name, x in self.named_parameters() if x.requires_grad}
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
@@ -281,16 +285,13 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     return args.alpha * forward_loss + args.beta * reverse_loss, forward_loss, reverse_loss
 
 
-def gae(rewards, values, dones, next_value, gamma: float, gae_lambda: float):
+def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     """Generalised advantage estimation (Schulman et al., 2016): A_t = δ_t + γλ A_{t+1} with
-    δ_t = r_t + γ V_{t+1} - V_t. Where an episode ended with step t (`dones`), nothing is carried
-    over. `rewards`, `values`, `dones`: (num_steps, num_envs); `next_value`: (num_envs,)."""
-    advantages = 0 * rewards
-    next_advantage = 0 * next_value
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_value * ~dones[t] - values[t]
-        advantages[t] = delta + gamma * gae_lambda * next_advantage * ~dones[t]
-        next_value, next_advantage = values[t], advantages[t]
+    δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
+    No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
+    advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
 
@@ -325,7 +326,8 @@ def collect_responses(agent: LanguageAgent, reward, prompts, args: Args) -> Roll
     encoded = encode_prompts(agent.tokenizer, prompts, agent.appends_end)
     parts = []
     for prompt, prompt_mask in zip(*(x.to(device).split(args.micro_batch_size) for x in encoded)):
-        tokens = agent.policy.generate(input_ids=prompt, attention_mask=prompt_mask)
+        with torch.autocast(device.type, **agent.precision):
+            tokens = agent.policy.generate(input_ids=prompt, attention_mask=prompt_mask)
         tokens = nn.functional.pad(tokens, (0, prompt.shape[1] + T - tokens.shape[1]))
         ends = torch.isin(tokens[:, -T:], torch.tensor(agent.ends, device=device))
         mask = ends.cumsum(1) - ends.long() == 0  # no end before this token
@@ -366,11 +368,13 @@ def describe(rollout: Rollout) -> dict[str, float]:
 
 def token_advantages(rollout: Rollout, scores: torch.Tensor, args: Args) -> torch.Tensor:
     """Advantages (batch, T), where the last token of a response has its score (batch,)."""
-    last = nn.functional.one_hot(rollout.mask.sum(1) - 1, rollout.mask.shape[1]).bool()
+    values = rollout.values
+    last = nn.functional.one_hot(rollout.mask.sum(1) - 1, values.shape[1]).bool()
+    next_values = nn.functional.pad(values[:, 1:], (0, 1)) * ~last
     kl = rollout.logprobs - rollout.ref_logprobs
     rewards = last * scores[:, None] - args.kl_coef * kl
-    context = (rollout.values.T, last.T, torch.zeros_like(scores))
-    return gae(rewards.T, *context, args.gamma, args.gae_lambda).T
+    context = (values.T, next_values.T, last.T, args.gamma, args.gae_lambda)
+    return gae(rewards.T, *context).T
 
 
 def minibatch_loss(agent: LanguageAgent, part: tuple, args: Args) -> tuple[torch.Tensor, dict]:
@@ -435,9 +439,10 @@ def set_seeds(*names) -> None:
     torch.manual_seed(random.getrandbits(63))
 
 
-def save_checkpoint(path: Path, **state) -> None:
+def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
     """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
-    torch.save(state, path.with_suffix(".tmp"))
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -509,7 +514,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         path, _, name = (args.reward or "").rpartition(":")
         reward = runpy.run_path(path)[name] if path else Judge(args.reward_model, args, device)
         gold = Judge(args.gold_model, args, device) if args.gold_model else None
-        trained = {name: x for name, x in agent.named_parameters() if x.requires_grad}
+        trained = agent.state_dict()
         optimizer = torch.optim.Adam(trained.values(), args.learning_rate, eps=1e-5, fused=True)
         if checkpoint:
             if trained.keys() != checkpoint["agent"].keys():
@@ -518,7 +523,6 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             optimizer.load_state_dict(checkpoint["optimizer"])
             optimizer.param_groups[0]["lr"] = args.learning_rate
     run, writer = start_logging(args, first_step=done * batch_size + 1)
-    precision = torch.autocast(device.type, torch.bfloat16, args.bf16, cache_enabled=False)
 
     for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
         step = iteration * batch_size
@@ -526,28 +530,24 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()
-            state = {"args": asdict(args), "iteration": iteration, "agent": trained}
-            save_checkpoint(run / "checkpoint.pt", **state, optimizer=optimizer.state_dict())
+            parts = {"agent": agent, "optimizer": optimizer}
+            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
             save_model(run / "model", agent, args)
         if evaluating or iteration == 0:
-            with precision:
-                evaluate(agent, reward, gold, prompts[: args.eval_episodes], args, writer, step)
+            evaluate(agent, reward, gold, prompts[: args.eval_episodes], args, writer, step)
         if last:
             break
 
         set_seeds(args.seed, "iteration", iteration)
-        with precision:
-            sample = random.sample(prompts[args.eval_episodes :], batch_size)
-            rollout = collect_responses(agent, reward, sample, args)
-
+        sample = random.sample(prompts[args.eval_episodes :], batch_size)
+        rollout = collect_responses(agent, reward, sample, args)
         noise = args.reward_noise * rollout.scores.std() * torch.randn_like(rollout.scores)
         scores = rollout.scores + noise - args.missing_end_penalty * ~rollout.ended
         advantages = token_advantages(rollout, scores, args)
         returns = advantages + rollout.values
 
-        with precision:
-            batch = (*rollout[:3], rollout.logprobs, advantages, returns)
-            stats = update(agent, optimizer, batch, args)
+        batch = (*rollout[:3], rollout.logprobs, advantages, returns)
+        stats = update(agent, optimizer, batch, args)
 
         stats |= {f"objective/{tag}": value for tag, value in describe(rollout).items()}
         mean = rollout.logprobs[rollout.mask].exp().mean().item()

