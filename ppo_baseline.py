@@ -76,19 +76,9 @@ class Args:
     torch_threads: int = 1  # CPU threads of torch; 0: one per core
 
 
-ATARI_DEFAULTS = dict(
-    total_timesteps=5_000_000,
-    num_envs=8,
-    num_steps=128,
-    num_minibatches=4,
-    update_epochs=4,
-    learning_rate=2.5e-4,
-    anneal_lr=True,
-    clip_coef=0.1,
-    anneal_clip=True,
-    ent_coef=0.01,
-    torch_threads=0,
-)
+ATARI_DEFAULTS = """--total-timesteps 5000000 --num-envs 8 --num-steps 128 --num-minibatches 4
+    --update-epochs 4 --learning-rate 2.5e-4 --anneal-lr --clip-coef 0.1 --anneal-clip
+    --ent-coef 0.01 --torch-threads 0"""
 
 
 def validate(args: Args) -> None:
@@ -449,8 +439,10 @@ def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None
 
 def read_flags() -> tuple[Args, dict | None]:
     """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
-    atari = any("ALE/" in word for word in sys.argv[1:])
-    args = tyro.cli(Args, default=Args(**ATARI_DEFAULTS) if atari else Args())
+    words = sys.argv[1:]
+    if any("ALE/" in word for word in words):
+        words = ATARI_DEFAULTS.split() + words  # of two values the last one holds
+    args = tyro.cli(Args, args=words)
     checkpoint = None
     try:
         if args.resume:
