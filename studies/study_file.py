@@ -200,6 +200,6 @@ def check_flags(study: Study) -> None:
     """Raises StudyError unless all scripts have their flags: before the first run, not late."""
     for cell in study.cells:
         script, *words = shlex.split(cell.template)
-        unknown = {word for word in words if word.startswith("--")} - flags_of(script)
+        unknown = {x for x in words if x.startswith("--")} - flags_of(script) - set(RESERVED)
         if unknown:
             raise StudyError(f"{script} has no flag {' '.join(sorted(unknown))}")

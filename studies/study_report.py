@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from scipy import stats
 from study_file import KEY, Study, StudyError
-from study_results import TAGS, commands, read_table
+from study_results import TAGS, commands, key_of, read_table
 from study_run import write_whole
 
 MARGIN = 0.15  # of a tie, in units of the reference's clean score above the uniform policy
@@ -72,15 +72,17 @@ class Results:
 
     def __init__(self, study: Study, folder: Path):
         self.study, self.folder = study, folder
-        rows = {name: read_table(folder, name) for name in ("runs", "evaluations", "random")}
-        if not rows["runs"]:
-            raise StudyError(f"{folder} holds no runs; `study.py collect` writes them there")
-        commands(study, folder / "none", rows["runs"])
         numbers = dict.fromkeys("seed pilot step steps score mean".split() + [*TAGS], float)
-        runs, evaluations, random = (
-            pd.DataFrame(x).astype({k: v for k, v in numbers.items() if k in x[0]})
-            for x in rows.values()
-        )
+        tables = []
+        for name in ("runs", "evaluations", "random"):
+            rows = read_table(folder, name)
+            if not rows:
+                raise StudyError(f"{folder} holds no {name}; `study.py collect` writes them there")
+            tables.append(
+                pd.DataFrame(rows).astype({k: numbers[k] for k in rows[0] if k in numbers})
+            )
+        runs, evaluations, random = tables
+        commands(study, folder / "none", read_table(folder, "runs"))
         unscored = runs[~np.isfinite(runs.score)]
         if len(unscored):
             raise StudyError(
@@ -90,7 +92,7 @@ class Results:
         self.evaluations = evaluations.merge(self.runs[KEY])  # of runs that are finished
         self.random = random.set_index("environment")["mean"]
         self.cases = {case: x.set_index("seed").sort_index() for case, x in self.runs.groupby(CASE)}
-        there = {tuple(row[key] for key in KEY) for row in rows["runs"]}
+        there = {key_of(row) for row in read_table(folder, "runs")}
         self.missing = [cell for cell in study.cells if cell.key not in there]
         clean = {x: self.of(study.reference, x, study.clean).mean() for x in study.environments}
         self.reference = pd.Series(clean).dropna()

@@ -304,15 +304,15 @@ def test_crashed_runs_are_reported_and_the_others_go_on(tmp_path, main, capsys):
     assert begun_at(folder / "B__E__clean__seed-1") == [0]  # tried again only by a new `run`
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGKILL])
-def test_a_study_ends_with_its_scripts_and_goes_on(tmp_path, main, number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGKILL"])
+def test_a_study_ends_with_its_scripts_and_goes_on(tmp_path, main, name):
     """Whatever ends it: none of its scripts is left, and the next call resumes what they did."""
     path = write_study(tmp_path, STUDY.replace("pause = 0.001", "pause = 0.1"))
     first, second = (tmp_path / f"study_runs/small/A__E__clean__seed-{seed}" for seed in (1, 2))
     process = subprocess.Popen(command("run", path), cwd=tmp_path, stderr=subprocess.DEVNULL)
     wait_for(lambda: list(first.glob("runs/*/checkpoint.pt")))
-    process.send_signal(number)
-    assert process.wait(20) == -number
+    process.send_signal(signal.Signals[name])
+    assert process.wait(20) == -signal.Signals[name]
     script = int(re.findall(r"process (\d+)", (first / "log.txt").read_text())[0])
     wait_for(lambda: not Path(f"/proc/{script}").exists(), 10)
     assert not (first / "done.json").exists() and not second.exists()
@@ -337,6 +337,17 @@ def test_other_flags_are_another_run(tmp_path, main):
     path.write_text(good.replace("--breaks True", "--beta 2"))
     with pytest.raises(StudyError, match="has other flags than the study"):  # it is finished
         main("run", path)
+
+
+def test_scripts_find_modules_in_the_folder_of_the_call_and_beside_them(tmp_path, main):
+    """Environments of one's own are registered there."""
+    (tmp_path / "mine.py").touch()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/beside.py").touch()
+    script = STAND_IN.replace("import os", "import beside, mine, os", 1)
+    (tmp_path / "own/other.py").write_text(script)
+    text = STUDY.replace("SCRIPT", str(tmp_path / "own/other.py"))
+    assert main("run", write_study(tmp_path, text)) == 0
 
 
 def test_a_study_runs_on_ray(tmp_path, main):
