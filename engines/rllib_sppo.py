@@ -69,7 +69,7 @@ def make_config(args: Args) -> PPOConfig:
     return (
         PPOConfig()
         .environment(args.env_id)
-        .env_runners(num_env_runners=args.num_env_runners)
+        .env_runners(num_env_runners=args.num_env_runners, sample_timeout_s=600)
         .learners(
             num_learners=args.num_learners,
             num_gpus_per_learner=args.num_gpus_per_learner,
