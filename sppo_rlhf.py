@@ -118,13 +118,13 @@ def validate(args: Args) -> None:
 
 
 @contextlib.contextmanager
-def refusing():
+def refusing(source: str = ""):
     """What is wrong with flags, models or files is said in one line, with status 2."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"{Path(__file__).name}: {reason:.400}", file=sys.stderr)
+        print(f"{Path(__file__).name} {source}: {reason:.400}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -135,18 +135,20 @@ def read_prompts(args: Args) -> list[str | list[dict]]:
         if args.prompts.endswith(".csv"):
             rows = list(csv.DictReader(file))
         else:
-            lines = [line for line in file if line.strip()]
-            is_array = lines[0].lstrip().startswith("[")
-            rows = json.loads("".join(lines) if is_array else f"[{','.join(lines)}]")
-    prompts = [row.get(args.prompt_column) or "" if isinstance(row, dict) else 0 for row in rows]
-    prompts = [prompt for prompt in prompts if prompt == 0 or str(prompt).strip()]
+            text = file.read()
+            if not text.lstrip().startswith("["):  # a row in each line, not an array
+                rows = [line.strip() or "null" for line in text.split("\n")]
+                text = "[" + ",\n".join(rows) + "]"  # errors name the line
+            rows = json.loads(text)
+    prompts = [row.get(args.prompt_column) if isinstance(row, dict) else row for row in rows]
+    prompts = [x for x in prompts if x is not None and str(x).strip() and x != []]
     for number, prompt in enumerate(prompts, 1):
         is_chat = isinstance(prompt, list) and all(isinstance(x, dict) for x in prompt)
         if not (is_chat if isinstance(prompts[0], list) else isinstance(prompt, str)):
-            raise ValueError(f"{args.prompts}: prompt {number} is no text, or not chat as the rest")
+            raise ValueError(f"prompt {number} is no text, or no list of messages as the others")
     if len(prompts) < args.eval_episodes + args.batch_size:
-        found = f"{len(prompts)} prompts in column {args.prompt_column}"
-        raise ValueError(f"{args.prompts}: {found}, less than eval_episodes + batch_size")
+        found = f"{len(prompts)} prompts in the column {args.prompt_column}"
+        raise ValueError(f"{found} are less than eval_episodes + batch_size")
     return prompts
 
 
@@ -187,7 +189,7 @@ class Judge:
         classes = self.model.config.id2label
         if len(classes) > 1 and self.label not in classes:
             raise ValueError(f"{name} has the classes {classes}: choose one by --reward-label")
-        print(f"{name}: class {self.label} of {classes}" if len(classes) > 1 else name)
+        print(f"{name}: class {self.label} of {classes!a}" if len(classes) > 1 else name)
 
     @torch.no_grad()
     def __call__(self, texts: list[str], *_) -> torch.Tensor:
@@ -323,13 +325,14 @@ def collect_responses(agent: LanguageAgent, reward, prompts, args: Args) -> Roll
     `tokens`, `attention`; (batch, T): the rest, with `mask` true until after the first end."""
     T = args.response_length
     device = agent.value_head.weight.device
+    all_ends = torch.tensor(agent.ends, dtype=torch.long, device=device)
     encoded = encode_prompts(agent.tokenizer, prompts, agent.appends_end)
     parts = []
     for prompt, prompt_mask in zip(*(x.to(device).split(args.micro_batch_size) for x in encoded)):
         with torch.autocast(device.type, **agent.precision):
             tokens = agent.policy.generate(input_ids=prompt, attention_mask=prompt_mask)
         tokens = nn.functional.pad(tokens, (0, prompt.shape[1] + T - tokens.shape[1]))
-        ends = torch.isin(tokens[:, -T:], torch.tensor(agent.ends, device=device))
+        ends = torch.isin(tokens[:, -T:], all_ends)
         mask = ends.cumsum(1) - ends.long() == 0  # no end before this token
         attention = torch.cat((prompt_mask, mask.long()), 1)
         networks = (agent.logprobs, agent.reference_logprobs, agent.values)
@@ -460,12 +463,11 @@ def read_flags() -> tuple[Args, dict | None]:
     """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
     args = tyro.cli(Args)
     checkpoint = None
-    with refusing():
+    with refusing(args.resume or ""):
         if args.resume:
             path = Path(args.resume, "checkpoint.pt")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            saved_args = Args(**checkpoint["args"] | {"resume": args.resume})
-            args = tyro.cli(Args, default=saved_args)
+            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
         validate(args)
     return args, checkpoint
 
@@ -507,8 +509,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     done = checkpoint["iteration"] if checkpoint else 0
 
     set_seeds(args.seed, "start")
-    with refusing():
+    with refusing(args.prompts):
         prompts = read_prompts(args)
+    with refusing():
         agent = LanguageAgent(args).to(device)
         encode_prompts(agent.tokenizer, prompts[:100], 0)
         path, _, name = (args.reward or "").rpartition(":")

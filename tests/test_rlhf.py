@@ -441,7 +441,7 @@ def test_empty_responses_have_a_reward_and_can_be_trained(make):
 def test_every_parameter_has_a_gradient_but_those_of_the_reference(kind, lora_rank, make):
     args = make(kind, lora_rank=lora_rank)
     agent, judge = load(args)
-    before = copy.deepcopy(agent.state_dict())
+    before = {name: x.detach().clone() for name, x in agent.named_parameters()}
     batch = batch_of(collect(agent, judge, args), args)
     script.minibatch_loss(agent, batch, args)[0].backward()
     parameters = trained(agent)
@@ -456,8 +456,8 @@ def test_every_parameter_has_a_gradient_but_those_of_the_reference(kind, lora_ra
         assert all(name.startswith("reference") for name in others)
     agent.zero_grad()
     update(agent, batch, args)
-    state = agent.state_dict()
-    moved = {name for name, tensor in state.items() if not torch.equal(tensor, before[name])}
+    after = dict(agent.named_parameters())
+    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
     tied = "policy.lm_head.weight"
     assert moved - {tied} == parameters.keys() - {tied}
 
@@ -981,13 +981,17 @@ REFUSED = [  # flags, what the line says
     ("--reward rewards.py:nothing", "nothing"),
     ("--reward nothing.py:score", "nothing.py"),
     ("--prompts nothing.csv", "nothing.csv"),
-    ("--prompt-column nothing", "0 prompts in column nothing"),
-    ("--prompts latin.csv", "utf-8"),
-    ("--prompts broken.jsonl", "line 2"),
+    ("--prompt-column nothing", "prompts.csv: 0 prompts in the column nothing"),
+    ("--prompts latin.csv", "latin.csv: 'utf-8'"),
+    ("--prompts broken.jsonl", "broken.jsonl: Expecting value: line 2"),
+    ("--prompts empty.jsonl", "empty.jsonl: 0 prompts"),
     ("--prompts numbers.jsonl", "numbers.jsonl: prompt 3 is no text"),
-    ("--prompts mixed.jsonl", "mixed.jsonl: prompt 2 is no text, or not chat as the rest"),
+    (
+        "--prompts mixed.jsonl",
+        "mixed.jsonl: prompt 2 is no text, or no list of messages as the others",
+    ),
     ("--prompts chat.jsonl", "chat_template"),
-    ("--eval-episodes 30", "less than eval_episodes + batch_size"),
+    ("--eval-episodes 30", "are less than eval_episodes + batch_size"),
     ("--response-length 60", "prompt_length and response_length: policy has 64 tokens"),
     ("--num-minibatches 3", "batch_size must divide by num_minibatches"),
     ("--num-minibatches 8", "batch_size must divide"),  # one response cannot be normalised
@@ -1027,6 +1031,7 @@ def wrong(models, tmp_path_factory):
     save(CLASSIFIER.from_pretrained(folder / "proxy"), folder / "padded-judge", padded)
     (folder / "rewards.py").write_text("def score(texts, *_): return [0.0] * len(texts)\n")
     (folder / "latin.csv").write_bytes("prompt\ncafé\n".encode("latin-1"))
+    (folder / "empty.jsonl").touch()
     (folder / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     rows = {"numbers": ["a", "b", 5], "mixed": ["a", CHAT], "chat": [CHAT] * 30}
     for name, prompts in rows.items():
@@ -1057,7 +1062,7 @@ def refused(flags, folder, monkeypatch, capsys) -> str:
 @pytest.mark.parametrize("flags, named", REFUSED)
 def test_it_is_refused_in_one_line(flags, named, wrong, monkeypatch, capsys):
     line = refused(flags, wrong, monkeypatch, capsys)
-    assert line.startswith("sppo_rlhf.py: ") and named in line
+    assert line.startswith("sppo_rlhf.py ") and named in line
 
 
 def test_a_run_cannot_go_on_with_other_weights(make, wrong, tmp_path, monkeypatch, capsys):
