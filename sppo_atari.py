@@ -258,7 +258,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
     entropy = policy.entropy().mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-    ratio = (logprob - old_logprob).exp()
+    ratio = (logprob - old_logprob).exp().detach()
     logged = {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
@@ -278,6 +278,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
 
 def update(agent, optimizer, batch, clip_coef, args: Args, minibatch_loss=minibatch_loss) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
+    parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
         inds = torch.randperm(len(batch[0]))
@@ -289,7 +290,7 @@ def update(agent, optimizer, batch, clip_coef, args: Args, minibatch_loss=miniba
             )
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             history.append(logged | {"losses/grad_norm": grad_norm})
     return {tag: torch.stack([x[tag] for x in history]).mean().item() for tag in history[0]}

@@ -17,7 +17,6 @@ One iteration:
     3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
     python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
-    python sppo_continuous.py --resume runs/<run>
 """
 
 import os
@@ -276,8 +275,9 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
     loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, args.clip_coef, args)
     policy_loss, forward_loss, reverse_loss = loss_terms
     value_loss = nn.functional.mse_loss(value, returns)
-    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
-    ratio = (logprob - old_logprob).sum(1).exp()
+    bonus = args.ent_coef * entropy.mean() if args.ent_coef else 0  # nothing to differentiate
+    loss = policy_loss - bonus + args.vf_coef * value_loss
+    ratio = (logprob - old_logprob).sum(1).exp().detach()
     logged = {
         "losses/policy_loss": policy_loss,
         "losses/forward_loss": forward_loss,
@@ -296,6 +296,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
 
 def update(agent, optimizer, batch: tuple, args: Args, minibatch_loss=minibatch_loss) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
+    parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
         inds = torch.randperm(len(batch[0]))
@@ -305,7 +306,7 @@ def update(agent, optimizer, batch: tuple, args: Args, minibatch_loss=minibatch_
             loss, logged = minibatch_loss(agent, obs, action, old_logprob, advantage, returns, args)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             history.append(logged | {"losses/grad_norm": grad_norm})
     return {tag: torch.stack([x[tag] for x in history]).mean().item() for tag in history[0]}
@@ -423,8 +424,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [torch.from_numpy(x) for x in batch]
-        logs = update(agent, optimizer, batch, args, loss_function)
+        logs = update(agent, optimizer, [torch.from_numpy(x) for x in batch], args, loss_function)
 
         logs["losses/explained_variance"] = 1 - advantages.var() / returns.var()
         logs["advantage/sign_flips_noise"] = (advantages * clean_advantages < 0).mean()
