@@ -81,6 +81,10 @@ ATARI_DEFAULTS = """--total-timesteps 5000000 --num-envs 8 --num-steps 128 --num
     --ent-coef 0.01 --torch-threads 0"""
 
 
+def is_game(env_id: str) -> bool:
+    return "game" in getattr(gym.registry.get(env_id), "kwargs", {})
+
+
 def validate(args: Args) -> None:
     """Raises an error for flags that would quietly train something else."""
     batch_size = args.num_envs * args.num_steps
@@ -225,7 +229,7 @@ class Environments:
             self.discounted_return[i] = self.gamma * self.discounted_return[i] + reward
             if self.learning:
                 self.stats["returns"].update(self.discounted_return[i])
-            rewards[i] = reward / self.stats["returns"].std
+                rewards[i] = reward / self.stats["returns"].std
             self.over[i] = terminated or truncated
             self.truncated[i] = truncated and not terminated
             if self.over[i]:
@@ -377,7 +381,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
     entropy = policy.entropy().mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-    ratio = (logprob - old_logprob).exp()
+    ratio = (logprob - old_logprob).exp().detach()
     logged = {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
@@ -391,6 +395,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
 
 def update(agent, optimizer, batch, clip_coef, args: Args) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
+    parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
         inds = torch.randperm(len(batch[0]))
@@ -402,7 +407,7 @@ def update(agent, optimizer, batch, clip_coef, args: Args) -> dict:
             )
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             history.append(logged | {"losses/grad_norm": grad_norm})
     return {tag: torch.stack([x[tag] for x in history]).mean().item() for tag in history[0]}
@@ -439,10 +444,9 @@ def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None
 
 def read_flags() -> tuple[Args, dict | None]:
     """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
-    words = sys.argv[1:]
-    if any("ALE/" in word for word in words):
-        words = ATARI_DEFAULTS.split() + words  # of two values the last one holds
-    args = tyro.cli(Args, args=words)
+    args = tyro.cli(Args)
+    if is_game(args.env_id):  # of a flag that comes twice the last value holds
+        args = tyro.cli(Args, args=ATARI_DEFAULTS.split() + sys.argv[1:])
     checkpoint = None
     try:
         if args.resume:
@@ -474,7 +478,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 def make(args: Args, device: torch.device) -> tuple:
     """The environments, and an agent for their kind."""
-    if "game" in gym.spec(args.env_id).kwargs:
+    if is_game(args.env_id):
         envs = Games(args, args.num_envs)
         agent = AtariAgent(envs.num_actions)
         return envs, agent.to(device, memory_format=torch.channels_last)
