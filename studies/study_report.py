@@ -251,7 +251,8 @@ def figures(results: Results) -> list[str]:
     if gaps:
         gaps = pd.DataFrame(gaps, columns=["pair", "environment", "condition", "difference"])
         options = {"x": "difference", "y": "pair", "hue": "condition", "col": "environment"}
-        options |= {"kind": "point", "linestyle": "none", "dodge": 0.5}
+        dodge = 0.5 * (len(results.study.conditions) > 1)
+        options |= {"kind": "point", "linestyle": "none", "dodge": dodge or False}
         grid = sns.catplot(gaps, **options, **size, **errorbar).refline(x=0)
         unit = f"what {results.study.reference} reaches above the uniform policy without noise"
         show("differences", grid, f"Differences of scores with their intervals, in units of {unit}")
