@@ -511,7 +511,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     set_seeds(args.seed, "start")
     with refusing(args.prompts):
         prompts = read_prompts(args)
-    with refusing():
+    with refusing(args.reward or ""):
         agent = LanguageAgent(args).to(device)
         encode_prompts(agent.tokenizer, prompts[:100], 0)
         path, _, name = (args.reward or "").rpartition(":")
