@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import ppo_baseline
 import sa2c_continuous
 import sppo_continuous
 from sppo_continuous import Args, BinnedAgent, Environment, RunningMeanStd, evaluate, make_env
@@ -171,6 +172,51 @@ def test_normalize_clips_and_does_not_learn(hopper):
     assert env.obs_stats.count == count
 
 
+def test_the_baselines_environment_is_the_same():
+    """But that it resets itself, clips the reward, and keeps the last observation apart."""
+    np.random.seed(SEED)
+    seed = np.random.randint(2**31, size=1).item()
+    np.random.seed(SEED)
+    envs = ppo_baseline.Environments(ppo_baseline.Args(HOPPER, gamma=GAMMA), 1)
+    env = Environment(make_env(HOPPER), GAMMA)
+    env.reset(seed=seed)
+    np.testing.assert_array_equal(envs.obs, [env.obs])
+    for action in np.random.default_rng(0).uniform(-1, 1, (200, 1, 3)).astype(np.float32):
+        rewards, over = envs.step(action)
+        reward, terminated, truncated = env.step(action[0])
+        assert rewards == pytest.approx(np.clip(reward, -10, 10))
+        assert (envs.score, envs.length) == (env.score, env.length)
+        assert envs.truncated == (truncated and not terminated)
+        assert over == envs.over == (terminated or truncated)
+        if over:
+            np.testing.assert_array_equal(envs.last_obs, [env.obs])
+            env.reset()
+        np.testing.assert_array_equal(envs.obs, [env.obs])
+
+
+def test_the_baselines_environments_know_nothing_of_each_other():
+    """Their statistics are of all together."""
+    np.random.seed(SEED)
+    seeds = np.random.randint(2**31, size=3).tolist()
+    np.random.seed(SEED)
+    envs = ppo_baseline.Environments(ppo_baseline.Args(CARTPOLE), 3)
+    alone = [gym.make(CARTPOLE) for _ in seeds]
+    seen = [env.reset(seed=seed)[0] for env, seed in zip(alone, seeds)]
+    score = np.zeros(3)
+    for action in np.random.default_rng(0).integers(2, size=(60, 3)):
+        _, over = envs.step(action[:, np.newaxis])
+        for i, env in enumerate(alone):
+            obs, reward, *ended, _ = env.step(action[i])
+            score[i] += reward
+            assert (envs.score[i], over[i]) == (score[i], any(ended))
+            if any(ended):
+                score[i] = 0
+                obs, _ = env.reset()
+            seen.append(obs)
+    np.testing.assert_allclose(envs.stats["obs"].mean, np.mean(seen, axis=0), rtol=1e-6)
+    assert envs.stats["obs"].count == len(seen) == 61 * 3
+
+
 # ---------------------------------------------------------------------------------------- rollout
 
 
@@ -245,6 +291,31 @@ def test_finished_episodes_are_reported_where_they_end(collected):
     lengths = np.diff(ends, prepend=-1)
     expected = [(t - first, n, n) for t, n in zip(ends, lengths) if t >= first]
     assert finished == expected  # CartPole pays 1 per step
+
+
+def test_the_baseline_bootstraps_where_a_time_limit_cuts(monkeypatch):
+    """With the value of the last observation."""
+    torch.manual_seed(2)
+    np.random.seed(2)
+    args = ppo_baseline.Args(CARTPOLE, num_envs=2)
+    envs, agent = ppo_baseline.make(args, torch.device("cpu"))
+    step, seen = envs.step, []
+
+    def watched(action):
+        result = step(action)
+        seen.append((envs.truncated.copy(), envs.last_obs.copy()))
+        return result
+
+    monkeypatch.setattr(envs, "step", watched)
+    rollout, finished = ppo_baseline.collect(envs, agent, 100, torch.device("cpu"))
+    truncated, last_obs = map(np.stack, zip(*seen))
+    values = values_of(agent, last_obs.reshape(200, 4)).reshape(100, 2)
+    expected = values * truncated
+    np.testing.assert_allclose(rollout["bootstraps"], expected, rtol=1e-4, atol=1e-5)
+    assert truncated.any() and (truncated <= rollout["dones"].numpy()).all()
+    following = np.append(rollout["values"][1:], [values_of(agent, envs.obs)], axis=0)
+    np.testing.assert_allclose(rollout["next_values"], following, rtol=1e-4, atol=1e-5)
+    assert all(score == length for _, score, length in finished)
 
 
 @SCRIPTS
