@@ -63,6 +63,32 @@ TAGS = {
     "sa2c_continuous": SYMMETRIC | {"advantage/sign_flips_noise", "losses/mean_weight"},
     "ppo_baseline": PPO | {"charts/learning_rate"},
 }
+
+
+class Run(NamedTuple):
+    script: str
+    folder: Path
+    output: str
+    points: dict[str, list[tuple[int, float]]]  # (step, value), by tag
+    flags: dict[str, str]  # the hyperparameter table
+    state: dict  # the checkpoint
+
+    def values(self, tag):
+        return np.array([value for _, value in self.points[tag]])
+
+    def steps(self, tag):
+        return [step for step, _ in self.points[tag]]
+
+
+def train(folder: Path, command: str) -> Run:
+    script, *flags = command.split()
+    module = importlib.import_module(script)
+    output = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        module.main(tyro.cli(module.Args, args=[*flags, "--eval-episodes=1", "--torch-threads=1"]))
+    (run,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    points = {}
     for tag in events.Tags()["scalars"]:
         points[tag] = [(point.step, point.value) for point in events.Scalars(tag)]
     (text,) = events.Tensors("hyperparameters/text_summary")
