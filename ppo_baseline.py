@@ -73,7 +73,7 @@ class Args:
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
     bf16: bool = False  # Atari: bfloat16 for convolutions; faster on a GPU and on CPUs that have it
-    torch_threads: int = 1  # CPU threads of torch; 0: one per core
+    torch_threads: int = 1  # CPU threads of torch; 0: as many as torch chooses
 
 
 ATARI_DEFAULTS = """--total-timesteps 5000000 --num-envs 8 --num-steps 128 --num-minibatches 4
@@ -239,19 +239,19 @@ class Environments:
         return rewards.clip(-10, 10), self.over.copy()
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(
         layer_init(nn.Linear(inputs, 64)),
         nn.Tanh(),
         layer_init(nn.Linear(64, 64)),
         nn.Tanh(),
-        layer_init(nn.Linear(64, outputs), std),
+        layer_init(nn.Linear(64, outputs), gain),
     )
 
 
@@ -271,16 +271,14 @@ class AtariAgent(nn.Module):
             layer_init(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
         )
-        self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
-        self.value = layer_init(nn.Linear(512, 1), std=1.0)
+        self.policy = layer_init(nn.Linear(512, num_actions), gain=0.01)
+        self.value = layer_init(nn.Linear(512, 1), gain=1.0)
 
     def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
         """Policy and values (batch,) for observations (batch, 4, 84, 84) of bytes."""
-        pixels = obs.to(memory_format=torch.channels_last) / 255.0  # the faster order in memory
+        pixels = obs.to(memory_format=torch.channels_last) / 255.0  # same shape, faster layout
         features = self.features(pixels).float()
-        with torch.autocast(
-            obs.device.type, enabled=False
-        ):  # the heads are float32 with --bf16, too
+        with torch.autocast(obs.device.type, enabled=False):  # float32 heads, also with --bf16
             return Categorical(logits=self.policy(features)), self.value(features).squeeze(1)
 
 
@@ -293,8 +291,8 @@ class ControlAgent(nn.Module):
         self.bins = bins
         if bins is None:
             self.log_std = nn.Parameter(torch.zeros(space.low.size))
-        self.policy = mlp(obs_dim, space.low.size if bins is None else bins.size, std=0.01)
-        self.value = mlp(obs_dim, 1, std=1.0)
+        self.policy = mlp(obs_dim, space.low.size if bins is None else bins.size, gain=0.01)
+        self.value = mlp(obs_dim, 1, gain=1.0)
 
     def forward(self, obs: torch.Tensor) -> tuple[Independent, torch.Tensor]:
         """Policy and values (batch,) for observations (batch, obs_dim)."""
@@ -351,7 +349,7 @@ def collect(envs, agent: nn.Module, num_steps: int, device) -> tuple[dict, list]
         obs = torch.tensor(envs.obs, device=device)
         policy, value = agent(obs)
         action = policy.sample()
-        rollout["valid"].append(torch.from_numpy(~envs.must_fire).to(device))  # else it is FIRE
+        rollout["valid"].append(torch.from_numpy(~envs.must_fire).to(device))  # not a forced FIRE
         reward, done = envs.step(action.cpu().numpy())
         bootstrap = torch.zeros_like(value)
         if envs.truncated.any():  # what would have followed is worth V
@@ -386,7 +384,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # of π_old from π
         "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
@@ -399,8 +397,8 @@ def update(agent, optimizer, batch, clip_coef, args: Args) -> dict:
     history = []
     for _ in range(args.update_epochs):
         inds = torch.randperm(len(batch[0]))
-        for minibatch in zip(*(x[inds].chunk(args.num_minibatches) for x in batch)):
-            obs, action, old_logprob, advantage, returns = minibatch
+        minibatches = zip(*(x[inds].chunk(args.num_minibatches) for x in batch))
+        for obs, action, old_logprob, advantage, returns in minibatches:
             advantage = flip_signs(advantage, args.advantage_noise)
             loss, logged = minibatch_loss(
                 agent, obs, action, old_logprob, advantage, returns, clip_coef, args
@@ -429,7 +427,7 @@ def evaluate(agent: nn.Module, envs, args: Args, device: torch.device) -> np.nda
 
 
 def set_seeds(*names) -> None:
-    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -452,7 +450,7 @@ def read_flags() -> tuple[Args, dict | None]:
         if args.resume:
             path = Path(args.resume, "checkpoint.pt")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
+            args = tyro.cli(Args, default=Args(**(checkpoint["args"] | {"resume": args.resume})))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
         print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
@@ -469,7 +467,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
         import wandb
 
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides what came after the checkpoint
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -489,31 +487,34 @@ def make(args: Args, device: torch.device) -> tuple:
 def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = True
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    done = checkpoint["iteration"] if checkpoint else 0
+    first = checkpoint["iteration"] if checkpoint else 0
 
-    set_seeds(args.seed, "start", done)
+    set_seeds(args.seed, "start", first)
     envs, agent = make(args, device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     parts = dict(agent=agent, optimizer=optimizer, **envs.stats)
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         envs.reset()
-    run, writer = start_logging(args, first_step=done * batch_size + 1)
+    run, writer = start_logging(args, first_step=first * batch_size + 1)
 
-    for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
+    for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
         step = iteration * batch_size
-        last = iteration == num_iterations
+        last = iteration == num_iterations  # all is trained: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
-            writer.flush()
+            writer.flush()  # curves first: what a checkpoint knows is on disk
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
-            scores = evaluate(agent, envs, args, device)
+            with bf16:
+                scores = evaluate(agent, envs, args, device)
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
         if last:
             break
 
@@ -521,9 +522,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         set_seeds(args.seed, "iteration", iteration)
         remaining = 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1))
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        with bf16:
             rollout, finished = collect(envs, agent, args.num_steps, device)
 
         rewards = add_noise(rollout["rewards"], args.reward_noise, envs.is_game)
@@ -533,7 +534,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + values
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # of shape (samples, …)
+        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), without a forced FIRE
         logs = update(agent, optimizer, batch, clip_coef, args)
 
         logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()

@@ -32,7 +32,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # see `spare_the_machine`
+os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # before torch: see `spare_the_machine`
 
 import ale_py
 import gymnasium as gym
@@ -50,7 +50,9 @@ from tqdm import tqdm
 class Args:
     """SA2C on Atari. Defaults are the settings of the paper's released code."""
 
-    env_id: str = "ALE/Breakout-v5"  # the game; its frame skip and stickiness are set here
+    env_id: str = (
+        "ALE/Breakout-v5"  # the game; sticky actions are set below, a frame skip of 4 is fixed
+    )
     seed: int = 1  # seed of weights, games, actions and noise
     total_timesteps: int = 5_000_000  # environment steps, each of 4 frames
     num_envs: int = 16  # games played side by side
@@ -67,10 +69,10 @@ class Args:
     max_grad_norm: float = 0.5  # largest norm of the gradient
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (A2C) term
-    beta: float = 1.0  # weight of the reverse term; the released code's example for one game
-    Z: float = -1.0  # stands in for log 0, negative; only beta * Z matters
+    beta: float = 1.0  # weight of the reverse term; the paper tunes it for each game
+    Z: float = -1.0  # stands in for log 0, negative; training depends on beta * Z alone
     # noise that the learner sees; reported scores are clean
-    reward_noise: float = 0.0  # probability that a reward becomes 1 - reward
+    reward_noise: float = 0.0  # probability that a reward (-1, 0 or 1) becomes 1 - reward
     advantage_noise: float = 0.0  # probability that an advantage changes sign
     # the run
     log_interval: int = 25  # iterations between two points of the losses in TensorBoard
@@ -81,8 +83,8 @@ class Args:
     capture_video: bool = False  # save a video of each evaluation's first game
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
-    bf16: bool = False  # bfloat16 for convolutions; faster on a GPU and on CPUs that have it
-    torch_threads: int = 0  # CPU threads of torch; 0: one per core
+    bf16: bool = False  # bfloat16 but for the heads; faster on a GPU and on CPUs that have it
+    torch_threads: int = 0  # CPU threads of torch; 0: as many as torch chooses
 
 
 def validate(args: Args) -> None:
@@ -101,7 +103,7 @@ def validate(args: Args) -> None:
 class Games:
     """Atari games side by side, as ale-py preprocesses them: 84×84 greyscale, 4 frames stacked,
     each action held for 4 frames, up to 29 no-ops at the start. A game that is over starts anew
-    within the same step. Some games wait for FIRE after a lost life: the next step presses it."""
+    within the same step. The step after a lost life presses FIRE, for which some games wait."""
 
     def __init__(self, args: Args, num_envs: int):
         self.envs = ale_py.vector_env.AtariVectorEnv(
@@ -109,7 +111,7 @@ class Games:
             num_envs,
             repeat_action_probability=args.repeat_action_probability,
             reward_clipping=False,  # scores are reported as they are
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # `obs` is then of the new game
         )
         self.actions = [action.name for action in self.envs.ale.get_action_set()]
         self.fire = self.actions.index("FIRE") if "FIRE" in self.actions else None
@@ -132,13 +134,13 @@ class Games:
         self.length += 1
         self.over = terminated | truncated
         life_lost = ~self.over & (info["lives"] < self.lives)
-        self.lives = info["lives"]
+        self.lives = info["lives"]  # of the new game, where one is over
         self.must_fire = life_lost & (self.fire is not None)
         return np.sign(reward).astype(np.float32), self.over | life_lost
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -159,16 +161,14 @@ class AtariAgent(nn.Module):
             layer_init(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
         )
-        self.policy = layer_init(nn.Linear(512, num_actions), std=0.01)
-        self.value = layer_init(nn.Linear(512, 1), std=1.0)
+        self.policy = layer_init(nn.Linear(512, num_actions), gain=0.01)
+        self.value = layer_init(nn.Linear(512, 1), gain=1.0)
 
     def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
         """Policy and values (batch,) for observations (batch, 4, 84, 84) of bytes."""
-        pixels = obs.to(memory_format=torch.channels_last) / 255.0  # the faster order in memory
+        pixels = obs.to(memory_format=torch.channels_last) / 255.0  # same shape, faster layout
         features = self.features(pixels).float()
-        with torch.autocast(
-            obs.device.type, enabled=False
-        ):  # the heads are float32 with --bf16, too
+        with torch.autocast(obs.device.type, enabled=False):  # float32 heads, also with --bf16
             return Categorical(logits=self.policy(features)), self.value(features).squeeze(1)
 
 
@@ -218,8 +218,8 @@ def normalize(advantage: torch.Tensor) -> torch.Tensor:
 
 
 def flip_rewards(reward: torch.Tensor, probability: float) -> torch.Tensor:
-    """A binary symmetric channel: each reward becomes 1 - reward with `probability`. Zeros become
-    ones, -1 becomes 2 (the released code's formula). On average: (1 - 2p) · reward + p."""
+    """Each reward becomes 1 - reward with `probability`: 0 and 1 change places, -1 becomes 2 (the
+    released code's formula). On average: (1 - 2p) · reward + p."""
     return torch.where(torch.rand_like(reward) < probability, 1 - reward, reward)
 
 
@@ -235,10 +235,10 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
-        obs = torch.from_numpy(games.obs).to(device)
+        obs = torch.from_numpy(games.obs).to(device)  # a new array in each step
         policy, value = agent(obs)
         action = policy.sample()
-        rollout["valid"].append(torch.from_numpy(~games.must_fire).to(device))  # else it is FIRE
+        rollout["valid"].append(torch.from_numpy(~games.must_fire).to(device))  # not a forced FIRE
         reward, done = games.step(action.cpu().numpy())
         rollout["obs"].append(obs)
         rollout["actions"].append(action)
@@ -248,7 +248,9 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
         finished += [(t, games.score[i], games.length[i]) for i in np.flatnonzero(games.over)]
     _, next_value = agent(torch.from_numpy(games.obs).to(device))
     rollout["next_values"] = [*rollout["values"][1:], next_value]
-    return {name: torch.stack(steps) for name, steps in rollout.items()}, finished
+    rollout = {name: torch.stack(steps) for name, steps in rollout.items()}
+    rollout["next_values"] *= ~rollout["dones"]  # nothing follows an end
+    return rollout, finished
 
 
 def update(agent: AtariAgent, optimizer, batch: list, args: Args) -> dict:
@@ -293,7 +295,7 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
     frames = []
     while np.isnan(scores).any():
         if args.capture_video and np.isnan(scores[0]):
-            frames.append(games.obs[0, -1].repeat(4, axis=0).repeat(4, axis=1))
+            frames.append(games.obs[0, -1].repeat(4, axis=0).repeat(4, axis=1))  # 4 × as large
         policy, _ = agent(torch.from_numpy(games.obs).to(device))
         games.step(policy.sample().cpu().numpy())
         scores = np.where(games.over & np.isnan(scores), games.score, scores)
@@ -303,7 +305,7 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
 
 
 def set_seeds(*names) -> None:
-    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -324,7 +326,7 @@ def read_flags() -> tuple[Args, dict | None]:
         if args.resume:
             path = Path(args.resume, "checkpoint.pt")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
+            args = tyro.cli(Args, default=Args(**(checkpoint["args"] | {"resume": args.resume})))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
         print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
@@ -341,7 +343,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
         import wandb
 
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides what came after the checkpoint
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -349,12 +351,12 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Skip this: nothing about the algorithm. It keeps freed memory, and (with the first line after
-    the imports) lets idle threads leave the cores to the games: 1.3 times as fast on two cores."""
+    """Nothing about the algorithm; 1.3 times as fast on two cores. Freed memory stays with the
+    process, waking threads wait their turn, and (GOMP_SPINCOUNT, above) idle ones sleep early."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # some sandboxes refuse
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
@@ -362,31 +364,34 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     spare_the_machine()
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = True
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    done = checkpoint["iteration"] if checkpoint else 0
+    first = checkpoint["iteration"] if checkpoint else 0
 
-    set_seeds(args.seed, "start", done)
+    set_seeds(args.seed, "start", first)
     games = Games(args, args.num_envs)
     agent = AtariAgent(len(games.actions)).to(device, memory_format=torch.channels_last)
     optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     parts = dict(agent=agent, optimizer=optimizer)
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    run, writer = start_logging(args, first_step=done * batch_size + 1)
+    run, writer = start_logging(args, first_step=first * batch_size + 1)
 
-    for iteration in tqdm(range(done, num_iterations + 1), unit=" steps", unit_scale=batch_size):
+    for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
         step = iteration * batch_size
-        last = iteration == num_iterations
+        last = iteration == num_iterations  # all is trained: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
-            writer.flush()
+            writer.flush()  # curves first: what a checkpoint knows is on disk
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
-            scores = evaluate(agent, args, device, run / f"{step}.mp4")
+            with bf16:
+                scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
         if last:
             break
 
@@ -395,17 +400,16 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         remaining = 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        with bf16:
             rollout, finished = collect(games, agent, args.num_steps, device)
 
         rewards = flip_rewards(rollout["rewards"], args.reward_noise)
-        values, dones = rollout["values"], rollout["dones"]
-        next_values = rollout["next_values"] * ~dones
-        advantages = gae(rewards, values, next_values, dones, args.gamma, args.gae_lambda)
-        returns = advantages + values
+        context = (rollout["values"], rollout["next_values"], rollout["dones"])
+        advantages = gae(rewards, *context, args.gamma, args.gae_lambda)
+        returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # of shape (samples, …)
+        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), without a forced FIRE
         logs = update(agent, optimizer, batch, args)
 
         if iteration % args.log_interval == 0:

@@ -62,7 +62,7 @@ class Args:
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (A2C) term
     beta: float = 1.0  # weight of the reverse term; not tuned
-    Z: float = -1.0  # stands in for log 0, negative; only beta * Z matters
+    Z: float = -1.0  # stands in for log 0, negative; training depends on beta * Z alone
     # noise that the learner sees; reported returns are clean
     reward_noise: float = 0.0  # standard deviation of Gaussian noise on the normalised reward
     advantage_noise: float = 0.0  # probability that an advantage changes sign
@@ -150,19 +150,19 @@ class Environment:
         return reward / self.return_stats.std, terminated, truncated
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(
         layer_init(nn.Linear(inputs, 64)),
         nn.Tanh(),
         layer_init(nn.Linear(64, 64)),
         nn.Tanh(),
-        layer_init(nn.Linear(64, outputs), std),
+        layer_init(nn.Linear(64, outputs), gain),
     )
 
 
@@ -183,8 +183,8 @@ class BinnedAgent(nn.Module):
         else:
             self.bins = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1)
         self.space = space
-        self.policy = mlp(obs_space.shape[0], self.bins.size, std=0.01)
-        self.value = mlp(obs_space.shape[0], 1, std=1.0)
+        self.policy = mlp(obs_space.shape[0], self.bins.size, gain=0.01)
+        self.value = mlp(obs_space.shape[0], 1, gain=1.0)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environment gets for bins (D,)."""
@@ -334,7 +334,7 @@ def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarr
 
 
 def set_seeds(*names) -> None:
-    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -355,7 +355,7 @@ def read_flags() -> tuple[Args, dict | None]:
         if args.resume:
             path = Path(args.resume, "checkpoint.pt")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
+            args = tyro.cli(Args, default=Args(**(checkpoint["args"] | {"resume": args.resume})))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
         print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
@@ -372,7 +372,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
         import wandb
 
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides what came after the checkpoint
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -382,9 +382,9 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.set_num_threads(args.torch_threads)
     num_iterations = args.total_timesteps // args.num_steps
-    done = checkpoint["iteration"] if checkpoint else 0
+    first = checkpoint["iteration"] if checkpoint else 0
 
-    set_seeds(args.seed, "start", done)
+    set_seeds(args.seed, "start", first)
     env = Environment(make_env(args.env_id), args.gamma)
     agent = BinnedAgent(env.env.observation_space, env.env.action_space, args.num_bins)
     optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate)
@@ -393,19 +393,19 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     env.reset(seed=np.random.randint(2**31))
-    run, writer = start_logging(args, first_step=done * args.num_steps + 1)
+    run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
-    for iteration in tqdm(range(done, num_iterations + 1), unit_scale=args.num_steps):
+    for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
         step = iteration * args.num_steps
-        last = iteration == num_iterations
+        last = iteration == num_iterations  # all is trained: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
-            writer.flush()
+            writer.flush()  # curves first: what a checkpoint knows is on disk
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
         if last:
             break
 

@@ -4,12 +4,12 @@ Actions are discretised: each dimension is cut into `num_bins` values. π is the
 action taken, the product over dimensions, π_old when it was taken, r = π / π_old, A the advantage:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
-    reverse = -m · A · Z · (1 - π) / π_old      reverse cross-entropy; Z < 0 stands in for log 0,
-                                                m is 1 where `forward` has a gradient, else 0
+    reverse = -m · A · Z · (1 - π) / π_old      A times a reverse cross-entropy: Z < 0 stands in for
+                                                log 0, m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-α = 1, β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`: with `--alpha 20.5
---beta 0` it trains the same as with the defaults. Without the division by π_old they really differ.
+α = 1, β = 0 is PPO. SPPO has PPO's policy gradient times α + β|Z|: `--alpha 20.5 --beta 0` trains
+the same as the defaults. Without the division by π_old the factor is smaller, and not constant.
 
 One iteration:
     1. act for `num_steps` steps                                    collect
@@ -62,8 +62,8 @@ class Args:
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (PPO) term
     beta: float = 20.0  # weight of the reverse term; the released code's example for one task
-    Z: float = -1.0  # stands in for log 0, negative; only beta * Z matters
-    importance_weighted_reverse: bool = True  # divide by the old probability; no: the plain form
+    Z: float = -1.0  # stands in for log 0, negative; training depends on beta * Z alone
+    importance_weighted_reverse: bool = True  # divide the reverse term by the old probability
     # noise that the learner sees; reported returns are clean
     reward_noise: float = 0.0  # standard deviation of Gaussian noise on the normalised reward
     advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
@@ -151,19 +151,19 @@ class Environment:
         return reward / self.return_stats.std, terminated, truncated
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(
         layer_init(nn.Linear(inputs, 64)),
         nn.Tanh(),
         layer_init(nn.Linear(64, 64)),
         nn.Tanh(),
-        layer_init(nn.Linear(64, outputs), std),
+        layer_init(nn.Linear(64, outputs), gain),
     )
 
 
@@ -184,8 +184,8 @@ class BinnedAgent(nn.Module):
         else:
             self.bins = np.linspace(space.low.flatten(), space.high.flatten(), num_bins, axis=1)
         self.space = space
-        self.policy = mlp(obs_space.shape[0], self.bins.size, std=0.01)
-        self.value = mlp(obs_space.shape[0], 1, std=1.0)
+        self.policy = mlp(obs_space.shape[0], self.bins.size, gain=0.01)
+        self.value = mlp(obs_space.shape[0], 1, gain=1.0)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environment gets for bins (D,)."""
@@ -212,7 +212,7 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # where the minimum has a gradient
+    mask = unclipped <= clipped  # m: within the clip range both are equal
     if args.importance_weighted_reverse:
         weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old, kept finite
     else:
@@ -284,7 +284,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy.mean(),
-        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # of π_old from π
         "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
@@ -294,16 +294,16 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
     return loss, {tag: value.detach() for tag, value in logged.items()}
 
 
-def update(agent, optimizer, batch: tuple, args: Args, minibatch_loss=minibatch_loss) -> dict:
+def update(agent, optimizer, batch: tuple, args: Args, loss_function=minibatch_loss) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
     parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
         inds = torch.randperm(len(batch[0]))
-        for minibatch in zip(*(x[inds].chunk(args.num_minibatches) for x in batch)):
-            obs, action, old_logprob, advantage, returns = minibatch
+        minibatches = zip(*(x[inds].chunk(args.num_minibatches) for x in batch))
+        for obs, action, old_logprob, advantage, returns in minibatches:
             advantage = flip_signs(advantage, args.advantage_noise)
-            loss, logged = minibatch_loss(agent, obs, action, old_logprob, advantage, returns, args)
+            loss, logged = loss_function(agent, obs, action, old_logprob, advantage, returns, args)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -336,7 +336,7 @@ def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarr
 
 
 def set_seeds(*names) -> None:
-    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -357,7 +357,7 @@ def read_flags() -> tuple[Args, dict | None]:
         if args.resume:
             path = Path(args.resume, "checkpoint.pt")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            args = tyro.cli(Args, default=Args(**checkpoint["args"] | {"resume": args.resume}))
+            args = tyro.cli(Args, default=Args(**(checkpoint["args"] | {"resume": args.resume})))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
         print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
@@ -374,7 +374,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
         import wandb
 
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides what came after the checkpoint
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -384,9 +384,9 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.set_num_threads(args.torch_threads)
     num_iterations = args.total_timesteps // args.num_steps
-    done = checkpoint["iteration"] if checkpoint else 0
+    first = checkpoint["iteration"] if checkpoint else 0
 
-    set_seeds(args.seed, "start", done)
+    set_seeds(args.seed, "start", first)
     env = Environment(make_env(args.env_id), args.gamma)
     agent = BinnedAgent(env.env.observation_space, env.env.action_space, args.num_bins)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -396,19 +396,19 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     env.reset(seed=np.random.randint(2**31))
-    run, writer = start_logging(args, first_step=done * args.num_steps + 1)
+    run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
-    for iteration in tqdm(range(done, num_iterations + 1), unit_scale=args.num_steps):
+    for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
         step = iteration * args.num_steps
-        last = iteration == num_iterations
+        last = iteration == num_iterations  # all is trained: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
-            writer.flush()
+            writer.flush()  # curves first: what a checkpoint knows is on disk
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
         if last:
             break
 
