@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ppo_baseline import add_noise
 from sppo_atari import flip_rewards, flip_signs, gae, normalize, set_seeds
 
 PROBABILITIES = pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
@@ -108,6 +109,8 @@ def test_flip_rewards(reward, probability):
     flipped = noisy == 1 - reward
     assert (flipped | (noisy == reward)).all()
     assert_binomial(flipped.sum().item(), noisy.numel(), probability)
+    torch.manual_seed(0)
+    assert torch.equal(add_noise(rewards, probability, is_game=True), noisy)  # the baseline's
 
 
 @PROBABILITIES

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import sppo_continuous
-from ppo_baseline import ppo_loss
+from ppo_baseline import add_noise, ppo_loss
 from sa2c_continuous import symmetric_a2c_loss
 from sppo_atari import flip_rewards, gae, normalize
 from sppo_continuous import symmetric_ppo_loss
@@ -451,6 +451,16 @@ def test_the_bonus_pays_for_every_step_survived(steps):
     bonus = gae(zeros + 0.1, zeros, zeros, dones, 0.99, 1.0)[0]
     assert bonus == pytest.approx(0.1 * (1 - 0.99**steps) / (1 - 0.99))
     assert bonus < 10
+
+
+def test_gaussian_reward_noise_leaves_the_mean_alone():
+    torch.manual_seed(0)
+    reward = torch.linspace(-10, 10, 200_000)
+    noise = add_noise(reward, 0.5, is_game=False).double() - reward
+    assert noise.mean().abs() < 5 * 0.5 / 200_000**0.5
+    assert noise.std().item() == pytest.approx(0.5, rel=0.01)
+    assert (noise.abs() < 0.5).double().mean().item() == pytest.approx(0.6827, abs=0.005)
+    assert abs(np.corrcoef(noise, reward)[0, 1]) < 0.02
 
 
 @FEWER

@@ -1,7 +1,7 @@
-"""The scripts as texts: short, alone, alike where they do the same, and harmless to import, also without POSIX."""
+"""The scripts as texts: alone, alike where they do the same, and harmless to import."""
 
 import ast
-import itertools
+import importlib
 import os
 import re
 import subprocess
@@ -14,130 +14,118 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = pytest.mark.parametrize("script", TEXTS)
-PAIRS = pytest.mark.parametrize("one, other", list(itertools.combinations(TEXTS, 2)))
-LIMITS = {"sppo_atari": 450, "sppo_continuous": 450, "sa2c_atari": 450, "ppo_baseline": 600, "sppo_rlhf": 500}
+GAMES = {"sppo_atari", "sa2c_atari"}
+CONTROL = {"sppo_continuous", "sa2c_continuous"}
+ENVIRONMENTS = GAMES | CONTROL | {"ppo_baseline"}
 
-# What scripts have in their own way, and which.
-OWN = {
-    **dict.fromkeys(("Args", "validate", "main"), set(TEXTS)),
-    "read_flags": {"ppo_baseline", "sppo_rlhf"},  # defaults depend on the environment, or the preset
-    "gradient": {"ppo_baseline"},  # another loss
-    "update": {"sa2c_atari", "sppo_rlhf"},  # one step; tokens
-    "Rollout": {"sppo_continuous"},  # has no invalid steps
+# What each script has in its own way.
+OWN = {"Args", "validate", "collect", "minibatch_loss", "update", "main"}
+# What is one text in these scripts, and another in those.
+DIFFERENT = {
+    "evaluate": [GAMES, CONTROL, {"ppo_baseline"}, {"sppo_rlhf"}],  # sampled, most probable, both
+    "Games": [GAMES, {"ppo_baseline"}],  # which has one interface for all its environments
+    "symmetric_ppo_loss": [{"sppo_atari", "sppo_rlhf"}, {"sppo_continuous"}],  # over dimensions
+    "symmetric_a2c_loss": [{"sa2c_atari"}, {"sa2c_continuous"}],
+    "read_flags": [GAMES | CONTROL, {"ppo_baseline"}, {"sppo_rlhf"}],  # defaults, presets
+    "gae": [ENVIRONMENTS, {"sppo_rlhf"}],
+    "save_checkpoint": [ENVIRONMENTS, {"sppo_rlhf"}],
+    "start_logging": [ENVIRONMENTS, {"sppo_rlhf"}],
 }
-# What `main` and the end of the file have in common, from a line that begins so to one that begins so.
-STRETCHES = [
-    ("    (run := Path", "    print(run"),
-    ("    progress = tqdm", "            writer.flush()"),
-    ('        stats["charts/SPS"]', '        stats["charts/SPS"]'),
-    ("    writer.close()", "        sys.exit"),
-    ("if __name__", "        stream.write"),
-]
-STRETCHES_OF_ENVIRONMENTS = [  # not language models
-    ("    name = f", "    (run := Path"),
-    ("            if not stop:", "            break"),
-    ('        stats["charts/learning_rate"]', "            raise FloatingPointError"),
-    ("        for t, episodic_return", "    writer.close()"),
-    ("        stream.write", "    main(args, saved)"),
-]
 
 
 def definitions(script: str) -> dict[str, str]:
     """The source of each function and class, decorators included, by name."""
+    found = {}
     lines = TEXTS[script].splitlines()
-    nodes = [node for node in ast.parse(TEXTS[script]).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    first = {node.name: min([node, *node.decorator_list], key=lambda part: part.lineno).lineno for node in nodes}
-    return {node.name: "\n".join(lines[first[node.name] - 1 : node.end_lineno]) for node in nodes}
+    for node in ast.parse(TEXTS[script]).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node, *node.decorator_list], key=lambda part: part.lineno).lineno
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
 
 
 def flags(script: str) -> dict[str, tuple[str, str]]:
-    """Type, and the comment that --help shows, of each field of `Args`, by name."""
-    return {
-        name: (kind, text)
-        for name, kind, text in re.findall(r"^    (\w+): (.+?) = .+?  # (.+)$", definitions(script)["Args"], re.M)
-    }
+    """Type and comment of each field of `Args`, by name."""
+    fields = re.findall(r"^    (\w+): (.+?) = .+?  # (.+)$", definitions(script)["Args"], re.M)
+    return {name: (kind, comment) for name, kind, comment in fields}
+
+
+DEFINITIONS = {script: definitions(script) for script in TEXTS}
+NAMES = sorted({name for defined in DEFINITIONS.values() for name in defined} - OWN)
 
 
 def test_there_are_scripts():
-    assert set(TEXTS) == set(LIMITS)
+    assert set(TEXTS) == ENVIRONMENTS | {"sppo_rlhf"}
+    shared = {"gae", "normalize", "flip_signs", "set_seeds", "save_checkpoint", "read_flags"}
+    for defined in DEFINITIONS.values():
+        assert shared | {"Args", "validate", "update", "main"} <= defined.keys()
 
 
-@SCRIPTS
-def test_a_script_is_read_in_one_sitting(script):
-    lines = TEXTS[script].splitlines()
-    assert len(lines) <= LIMITS[script]
-    assert max(map(len, lines)) <= 120
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_and_classes_of_the_same_name_are_the_same_text(name):
+    """But for those above, which do differ."""
+    groups = {}
+    for script, defined in DEFINITIONS.items():
+        if name in defined:
+            groups.setdefault(defined[name], set()).add(script)
+    expected = DIFFERENT.get(name, [set.union(*groups.values())])
+    assert sorted(map(sorted, groups.values())) == sorted(map(sorted, expected))
 
 
-@PAIRS
-def test_functions_and_classes_of_the_same_name_are_the_same_text(one, other):
-    first, second = definitions(one), definitions(other)
-    shared = {name for name in first.keys() & second.keys() if not OWN.get(name, set()) & {one, other}}
-    assert {"gae", "normalize", "flip_signs", "save", "Forgiving"} <= shared
-    assert {"layer_init", "as_vector"} <= shared or "sppo_rlhf" in (one, other)
-    assert "symmetric_ppo_loss" in shared or not one.startswith("sppo") or not other.startswith("sppo")
-    assert {name for name in shared if first[name] != second[name]} == set()
+def test_flags_of_the_same_name_have_the_same_type():
+    types = {}
+    for script in TEXTS:
+        for name, (kind, _) in flags(script).items():
+            types.setdefault(name, set()).add(kind)
+    assert {name: kinds for name, kinds in types.items() if len(kinds) > 1} == {}
 
 
-@pytest.mark.parametrize(
-    "one, other, first, last",
-    [
-        (*pair, *stretch)
-        for pair in itertools.combinations(TEXTS, 2)
-        for stretch in STRETCHES + STRETCHES_OF_ENVIRONMENTS * ("sppo_rlhf" not in pair)
-    ],
-)
-def test_what_the_mains_have_in_common_is_the_same_text(one, other, first, last):
-    texts = []
-    for script in (one, other):
-        lines = [line for line in TEXTS[script].splitlines() if line]
-        start = next(i for i, line in enumerate(lines) if line.startswith(first))
-        end = next(i for i, line in enumerate(lines) if i >= start and line.startswith(last))
-        texts.append(lines[start : end + 1])
-    assert texts[0] == texts[1]
-
-
-def test_sa2c_differs_from_sppo_where_the_algorithms_do():
-    lines = [set(filter(None, map(str.strip, TEXTS[script].splitlines()))) for script in ("sppo_atari", "sa2c_atari")]
-    assert len(lines[0] - lines[1]) < 100 and len(lines[1] - lines[0]) < 90
-
-
-@PAIRS
-def test_flags_of_the_same_name_have_the_same_type(one, other):
-    first, second = flags(one), flags(other)
-    assert {name for name in first.keys() & second.keys() if first[name][0] != second[name][0]} == set()
-
-
-def test_flags_of_the_two_atari_scripts_read_the_same():
-    """But for A2C's name, its RMSprop, and its one update per batch."""
-    first, second = flags("sppo_atari"), flags("sa2c_atari")
+@pytest.mark.parametrize("kind", ["atari", "continuous"])
+def test_flags_of_sppo_and_sa2c_read_the_same(kind):
+    """But for A2C's name, its RMSprop, its one update per batch, and what was tuned."""
+    first, second = flags(f"sppo_{kind}"), flags(f"sa2c_{kind}")
     different = {name for name in first.keys() & second.keys() if first[name] != second[name]}
-    assert different == {"alpha", "learning_rate", "norm_adv", "advantage_noise", "seed"}
+    assert different - {"beta"} == {"alpha", "learning_rate", "norm_adv", "advantage_noise", "seed"}
 
 
 @SCRIPTS
-def test_every_flag_says_what_it_does(script):
-    """In a comment at the end of its line, which tyro shows."""
-    (args,) = (node for node in ast.parse(TEXTS[script]).body if getattr(node, "name", "") == "Args")
-    assert set(flags(script)) == {field.target.id for field in args.body[1:]}
+def test_every_flag_says_what_it_does(script, monkeypatch, capsys):
+    """In an ASCII comment at the end of its line, which --help shows."""
+    comments = {name: comment for name, (_, comment) in flags(script).items()}
+    module = importlib.import_module(script)
+    assert comments.keys() == vars(module.Args()).keys()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        module.read_flags()
+    output, error = capsys.readouterr()
+    assert end.value.code in (0, None) and error == "" and output.isascii()
+    for name, comment in comments.items():
+        assert f"--{name.replace('_', '-')}" in output
+        assert comment in " ".join(output.split()), name
 
 
 @SCRIPTS
 def test_a_script_names_what_it_needs_and_no_more(script):
-    """`uv run script.py` reads the block at the end, `pip install -r` the file: the same versions."""
-    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"  # from PEP 723
+    """`uv run script.py` reads the block at the end, `pip install -r` the file: one version."""
+    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"  # PEP 723's
     (match,) = re.finditer(block, TEXTS[script])
     assert match["type"] == "script" and TEXTS[script].endswith("# ///\n")
     lines = match["content"].splitlines()
-    metadata = tomllib.loads("\n".join(line[2:] if line.startswith("# ") else line[1:] for line in lines))
+    metadata = tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
+    assert metadata["requires-python"] == ">=3.11,<3.14"  # box2d has no later wheels
     needs = set(metadata["dependencies"])
-    assert metadata["requires-python"]
-    assert needs <= set((ROOT / "requirements.txt").read_text().splitlines()) and all("==" in need for need in needs)
-    assert any("ale-py" in need for need in needs) == ("import ale_py" in TEXTS[script])
-    assert any("mujoco" in need for need in needs) == ("make_env" in TEXTS[script])
+    assert needs <= set((ROOT / "requirements.txt").read_text().splitlines())
+    assert all("==" in need for need in needs)
     names = {re.split(r"[\[=]", need)[0].replace("-", "_") for need in needs}
-    third_party = imports(script) - sys.stdlib_module_names - {"wandb", "datasets"}
-    assert third_party <= names and names - third_party <= {"mujoco", "box2d", "pygame_ce", "tensorboard"}
+    makes_environments = "FlattenObservation" in TEXTS[script]
+    assert ({"mujoco", "box2d", "pygame_ce"} <= names) == makes_environments
+    third_party = imports(script) - OPTIONAL
+    indirect = {"mujoco", "box2d", "pygame_ce", "tensorboard"}
+    assert third_party <= names and names - third_party <= indirect
+
+
+OPTIONAL = sys.stdlib_module_names | {"wandb", "datasets"}
 
 
 def imports(script: str) -> set[str]:
@@ -156,39 +144,44 @@ def test_no_script_imports_another(script):
     assert not imports(script) & set(TEXTS)
 
 
-@SCRIPTS
-def test_importing_starts_nothing_also_without_posix(script, tmp_path):
-    """The libraries come first: some of them look at the platform before they ask for such modules."""
-    third_party = sorted(imports(script) - sys.stdlib_module_names - {"wandb", "datasets"})
+def run_python(code: str, folder: Path, environment: dict | None = None) -> str:
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_importing_starts_nothing_also_without_posix(tmp_path):
+    """The libraries come first: some look at the platform before they ask for such modules."""
+    third_party = sorted(set.union(*(imports(script) - OPTIONAL for script in TEXTS)))
     code = f"""
 import {", ".join(third_party)}, torch.utils.tensorboard
-import os, signal, sys
+import os, signal
 for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix"):
     sys.modules[name] = None
-for module, names in ((os, "sched_setscheduler SCHED_BATCH fork"), (signal, "SIGHUP SIGUSR1")):
-    for name in names.split():
-        vars(module).pop(name, None)
-sys.path.insert(0, {str(ROOT)!r})
-import {script}
+for name in ("sched_setscheduler", "SCHED_BATCH", "sched_param", "fork"):
+    vars(os).pop(name, None)
+for name in ("SIGHUP", "SIGUSR1", "SIGKILL"):
+    vars(signal).pop(name, None)
+import {", ".join(TEXTS)}
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert run_python(code, tmp_path) == ""
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["sppo_continuous", "ppo_baseline"])
-def test_numpy_computes_with_one_thread_unless_told_otherwise(script, tmp_path):
-    """--torch-threads does not govern OpenBLAS. It starts its threads when NumPy is imported; torch's come with use."""
-    code = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import {script}
-print(os.environ["OPENBLAS_NUM_THREADS"], len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1)
+def test_numpy_computes_with_one_thread_unless_told_otherwise(tmp_path):
+    """--torch-threads does not govern OpenBLAS, which starts its threads when NumPy is imported;
+    torch's come with use."""
+    code = """
+import os, sppo_continuous
+print(os.environ["OPENBLAS_NUM_THREADS"], len(os.listdir("/proc/self/task")))
 """
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    for told in ({}, {"OPENBLAS_NUM_THREADS": "3"}):
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment | told, capture_output=True, text=True
-        )
-        number, threads = result.stdout.split()
-        assert number == told.get("OPENBLAS_NUM_THREADS", "1") and (told or threads == "1")
+    if sys.platform == "linux":
+        names = [name for name in os.environ if not name.endswith("_NUM_THREADS")]
+        environment = {name: os.environ[name] for name in names}
+        assert run_python(code, tmp_path, environment) == "1 1\n"
+    for script in CONTROL | {"ppo_baseline"}:
+        before_numpy = TEXTS[script].partition("import numpy")[0]
+        assert 'os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")' in before_numpy
