@@ -495,8 +495,9 @@ def evaluate(agent, reward, gold, prompts, args: Args, writer: SummaryWriter, st
         writer.add_scalar(f"eval/{tag}", value, step + 1)
     samples = "\n".join(f"    {text!a}" for text in rollout.texts[:4])
     writer.add_text("eval/samples", samples, step + 1)
+    score = f"{measured.pop('score'):.3f} +- {rollout.scores.std(correction=0):.3f}"
     others = " ".join(f"{tag} {value:.3f}" for tag, value in measured.items())
-    tqdm.write(f"{samples}\nscore at {step} steps: {measured.pop('score'):.3f} ({others})")
+    tqdm.write(f"{samples}\nscore at {step} steps: {score} {others}")
 
 
 def main(args: Args, checkpoint: dict | None = None) -> None:
@@ -544,8 +545,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         set_seeds(args.seed, "iteration", iteration)
         sample = random.sample(prompts[args.eval_episodes :], batch_size)
         rollout = collect_responses(agent, reward, sample, args)
-        noise = args.reward_noise * rollout.scores.std() * torch.randn_like(rollout.scores)
-        scores = rollout.scores + noise - args.missing_end_penalty * ~rollout.ended
+        std = args.reward_noise * rollout.scores.std(correction=0)
+        scores = rollout.scores + std * torch.randn_like(rollout.scores)
+        scores = scores - args.missing_end_penalty * ~rollout.ended
         advantages = token_advantages(rollout, scores, args)
         returns = advantages + rollout.values
 

@@ -763,7 +763,7 @@ def test_noise_is_in_units_of_the_scores_deviation_and_not_reported(make, tmp_pa
     seen, advantages = [], script.token_advantages
     monkeypatch.setattr(script, "token_advantages", lambda *x: seen.append(x[:2]) or advantages(*x))
     points = scalars(train(tmp_path, make(reward_noise=0.5, total_episodes=64)))
-    noise = [((scores - x.scores) / (0.5 * x.scores.std())) for x, scores in seen]
+    noise = [((scores - x.scores) / (0.5 * x.scores.std(correction=0))) for x, scores in seen]
     assert 0.7 < torch.cat(noise).std() < 1.4
     for (rollout, _), (_, score) in zip(seen, points["objective/score"], strict=True):
         assert score == pytest.approx(rollout.scores.mean().item(), rel=1e-5)
