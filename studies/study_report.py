@@ -173,7 +173,8 @@ def report(study: Study, folder: Path) -> None:
 def head(results: Results) -> list[str]:
     study, missing = results.study, [f"`{cell.name}`" for cell in results.missing]
     which = {"last": "the evaluation after its last update", "mean": "all its evaluations"}
-    seeds = sorted({len(runs) for runs in results.cases.values()})
+    counts = [len(runs) for runs in results.cases.values()]
+    seeds = " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts))))
     steps = " or ".join(f"{n:,}" for n in sorted(set(results.runs.steps)))
     shown = ", ".join(missing[:12]) + ", …" * (len(missing) > 12)
     left = f"**{len(missing)} of {len(study.cells)} runs are missing** ({shown})."
@@ -182,8 +183,8 @@ def head(results: Results) -> list[str]:
         study.question,
         f"How β was fixed: {study.beta}",
         *[f"How many seeds: {study.power}"] * bool(study.power),
-        f"It stands on {len(results.runs)} runs of {steps} environment steps, {seeds[0]} to "
-        f"{seeds[-1]} seeds each. A run's score is the mean raw return of {which[study.score]}. A "
+        f"It stands on {len(results.runs)} runs of {steps} environment steps, {seeds} seeds "
+        f"each. A run's score is the mean raw return of {which[study.score]}. A "
         f"difference whose interval contains zero is a tie where the interval lies within "
         f"±{MARGIN:.0%} of what {study.reference} reaches above the uniform policy without noise, "
         f"else undecided. Methods whose evaluations are equal on more than half of the seeds are "

@@ -64,7 +64,7 @@ def run_script(folder: Path, script: Path, command: str, threads: int, save=lamb
     settings["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, modules))
     log = folder / "log.txt"
     with log.open("a", encoding="utf-8") as output:
-        print(f"[study] {time.ctime()} {shlex.join(flags)}", file=output, flush=True)
+        print(f"\n[study] {time.ctime()} {shlex.join(flags)}", file=output, flush=True)
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, script, *flags, "--torch-threads", str(threads)],
             cwd=folder,

@@ -372,16 +372,17 @@ def test_a_study_runs_on_ray(tmp_path, main):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """`smoke` without its method PPO, killed in the middle and continued: the study, its folder,
-    and what was finished when it was killed."""
+    """`smoke` with one seed and without its method PPO, killed in the middle and continued: the
+    study, its folder, and what was finished when it was killed."""
     folder = tmp_path_factory.mktemp("smoke")
     text = (STUDIES / "smoke.toml").read_text(encoding="utf-8")
     text = re.sub(r'"PPO" = .*\n|\["DSPPO plain", "PPO"\], ', "", text)
     text = text.replace('reference = "PPO"', 'reference = "PPO mean weight"')
+    text = text.replace("seeds = 2", "seeds = 1")
     path = write_study(folder, text, "smoke")
     run = command("run", path, "--workers", 2)
     process = subprocess.Popen(run, cwd=folder, stderr=subprocess.DEVNULL)
-    wait_for(lambda: list(folder.glob("study_runs/smoke/DSPPO*/done.json")), 300)
+    wait_for(lambda: list(folder.glob("study_runs/smoke/pilot*/done.json")), 300)
     process.kill()
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("study_runs/*/*/done.json")}
@@ -395,7 +396,7 @@ def smoke(tmp_path_factory):
 
 def test_smoke_survives_and_repeats_nothing(smoke):
     study, folder, before = smoke
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and len(before) < 5
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and len(before) < 3
     assert {path.parent.name for path in folder.glob("*/done.json")} == {
         c.name for c in study.cells
     }
@@ -417,7 +418,7 @@ def test_smoke_measures_the_mean_weight_in_its_pilot(smoke):
 def test_smoke_is_collected_as_it_was_logged(smoke):
     _, folder, _ = smoke
     runs, evaluations = (pd.read_csv(folder / f"results/{x}.csv") for x in ("runs", "evaluations"))
-    assert list(runs.pilot) == [1, 0, 0, 0, 0]
+    assert list(runs.pilot) == [1, 0, 0]
     for row in runs.itertuples():
         method = ("pilot " * row.pilot + row.method).replace(" ", "-")
         cell = folder / f"{method}__CartPole-v1__clean__seed-{row.seed}"
@@ -447,18 +448,18 @@ def test_a_score_may_be_the_mean_of_all_evaluations(smoke, tmp_path):
 
 def test_runs_under_way_have_a_curve_so_far(smoke, tmp_path):
     shutil.copytree(smoke[1], tmp_path / "smoke")
-    lost = "PPO mean weight,CartPole-v1,clean,2,"
+    lost = "DSPPO plain,CartPole-v1,clean,1,0,"
     (tmp_path / "smoke/PPO-mean-weight__CartPole-v1__clean__seed-1/done.json").unlink()
-    shutil.rmtree(tmp_path / "smoke/PPO-mean-weight__CartPole-v1__clean__seed-2")
+    shutil.rmtree(tmp_path / "smoke/DSPPO-plain__CartPole-v1__clean__seed-1")
     collect(smoke[0], tmp_path / "smoke", tmp_path)
     begun, whole = ((x / "evaluations.csv").read_text() for x in (tmp_path, smoke[1] / "results"))
     assert begun == "".join(x for x in whole.splitlines(True) if not x.startswith(lost))
-    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1 + 3
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1 + 1
 
 
 def test_smoke_is_reported(smoke):
     text = (smoke[1] / "results/report.md").read_text(encoding="utf-8")
-    assert "4 runs of 2,048 environment steps, 2 to 2 seeds each" in text
+    assert "2 runs of 2,048 environment steps, 1 seeds each" in text
     assert "All of its runs are finished" in text and "CartPole-v1: 21.6" in text
     for figure in re.findall(r"\]\((.*\.png)\)", text):
         assert (smoke[1] / "results" / figure).stat().st_size > 5000
@@ -673,13 +674,13 @@ def test_holms_correction():
 def test_intervals_contain_the_truth_as_often_as_they_say():
     """Of methods that do not differ, on five seeds, whose scores go together; some runs fail."""
     rng, hits = np.random.default_rng(0), 0
-    for _ in range(1000):
+    for _ in range(400):
         x, y = rng.normal(0.8, 0.2, (2, 5)) + rng.normal(0, 0.3, 5)
         x, y = (np.where(rng.random(5) < 0.3, rng.normal(0.1, 0.05, 5), z) for z in (x, y))
         _, low, high, p = contrast((1, series(*x)), (-1, series(*y)))
         hits += low <= 0 <= high
         assert (p > 0.05) == (low <= 0 <= high)
-    assert 0.93 < hits / 1000 < 0.985
+    assert 0.93 < hits / 400 < 0.985
 
 
 # ----------------------------------------------------------------------------------- the report
