@@ -27,8 +27,6 @@ DIFFERENT = {
     "symmetric_ppo_loss": [{"sppo_atari", "sppo_rlhf"}, {"sppo_continuous"}],  # over dimensions
     "symmetric_a2c_loss": [{"sa2c_atari"}, {"sa2c_continuous"}],
     "read_flags": [GAMES | CONTROL, {"ppo_baseline"}, {"sppo_rlhf"}],  # defaults, presets
-    "gae": [ENVIRONMENTS, {"sppo_rlhf"}],
-    "save_checkpoint": [ENVIRONMENTS, {"sppo_rlhf"}],
     "start_logging": [ENVIRONMENTS, {"sppo_rlhf"}],
 }
 
