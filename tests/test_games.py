@@ -27,19 +27,20 @@ NUM_STEPS, NUM_ROLLOUTS = 16, 30
 CUT_OFF = {"max_num_frames_per_episode": 500}
 CPU = torch.device("cpu")
 SCRIPTS = pytest.mark.parametrize("script", [sppo_atari, sa2c_atari, ppo_baseline])
+CLASSES = pytest.mark.parametrize("script", [sppo_atari, ppo_baseline])  # sa2c_atari has the first
 AtariVectorEnv = ale_py.vector_env.AtariVectorEnv
 
 
 def set_options(monkeypatch, **options):
     """Of ale-py's environment, beside those that the scripts set."""
-    options_set = functools.partial(AtariVectorEnv, **options)
+    options_set = functools.partial(AtariVectorEnv, **{"num_threads": 1} | options)
     monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", options_set)
 
 
 # -------------------------------------------------------------------------------------- the games
 
 
-@SCRIPTS
+@CLASSES
 @pytest.mark.parametrize("sticky", [0.0, 0.25])
 def test_actions_are_sticky_only_if_asked(script, sticky, monkeypatch):
     """By both names of the game, though gym.make has sticky actions for one of them. Breakout has
@@ -86,10 +87,11 @@ def test_preprocessing_and_score_are_those_of_stable_baselines(monkeypatch, game
     assert np.mean(differences) <= tolerance
 
 
-@SCRIPTS
-def test_no_game_stands_waiting_for_fire(script):
+@CLASSES
+def test_no_game_stands_waiting_for_fire(script, monkeypatch):
     """Native Breakout waits for FIRE after a lost life; a learner that never presses it would play
     on forever."""
+    set_options(monkeypatch)
     np.random.seed(0)
     games = script.Games(script.Args("ALE/Breakout-v5"), 4)
     over = np.zeros(4, dtype=bool)
@@ -99,7 +101,8 @@ def test_no_game_stands_waiting_for_fire(script):
     assert over.all()
 
 
-def test_points_made_while_fire_is_pressed_for_the_learner_count():
+def test_points_made_while_fire_is_pressed_for_the_learner_count(monkeypatch):
+    set_options(monkeypatch)
     np.random.seed(0)
     games = Games(Args("ALE/DemonAttack-v5"), 4)
     for _ in range(80):
@@ -120,7 +123,7 @@ def test_runs_share_no_game(script, monkeypatch):
         raise Caught(seed)
 
     monkeypatch.setattr(AtariVectorEnv, "reset", catch)
-    set_options(monkeypatch, num_threads=1)
+    set_options(monkeypatch)
     seeds = []
     for seed in (1, 2, 2**40):
         args = script.Args("ALE/Breakout-v5", seed=seed, num_envs=2, num_steps=256)
@@ -272,6 +275,7 @@ def test_update_gets_what_collect_and_gae_say(script, tmp_path, monkeypatch):
         monkeypatch.setattr(script, name, watched)
 
     monkeypatch.chdir(tmp_path)
+    set_options(monkeypatch)
     for name in seen:
         watch(name)
     args = script.Args("ALE/Breakout-v5", num_envs=2, num_steps=160, total_timesteps=640)
@@ -313,6 +317,7 @@ def test_games_are_scored_to_the_end_of_the_first_one(monkeypatch):
         return result
 
     monkeypatch.setattr(Games, "step", watched)
+    set_options(monkeypatch)
     torch.manual_seed(0)
     agent = AtariAgent(4)
     args = Args(eval_episodes=3, seed=2)
