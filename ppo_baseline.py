@@ -427,7 +427,7 @@ def evaluate(agent: nn.Module, envs, args: Args, device: torch.device) -> np.nda
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -505,16 +505,16 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
         step = iteration * batch_size
-        last = iteration == num_iterations  # all is trained: only save and evaluate
+        last = iteration == num_iterations  # the extra pass: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
-            writer.flush()  # curves first: what a checkpoint knows is on disk
+            writer.flush()  # so that no curve ends before its checkpoint
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
             with bf16:
                 scores = evaluate(agent, envs, args, device)
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
         if last:
             break
 

@@ -70,7 +70,7 @@ class Args:
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (A2C) term
     beta: float = 1.0  # weight of the reverse term; the paper tunes it for each game
-    Z: float = -1.0  # stands in for log 0, negative; training depends on beta * Z alone
+    Z: float = -1.0  # stands in for log 0, negative; it matters only through beta * Z
     # noise that the learner sees; reported scores are clean
     reward_noise: float = 0.0  # probability that a reward (-1, 0 or 1) becomes 1 - reward
     advantage_noise: float = 0.0  # probability that an advantage changes sign
@@ -305,7 +305,7 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -382,16 +382,16 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
         step = iteration * batch_size
-        last = iteration == num_iterations  # all is trained: only save and evaluate
+        last = iteration == num_iterations  # the extra pass: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
-            writer.flush()  # curves first: what a checkpoint knows is on disk
+            writer.flush()  # so that no curve ends before its checkpoint
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
         if last:
             break
 

@@ -15,7 +15,7 @@ dimensions d; that choice is ours, and the weight of dimension d is then α + β
 
 One iteration:
     1. act for `num_steps` steps                                    collect
-    2. add noise, compute advantages A and returns A + V            gae
+    2. add reward noise, compute advantages A and returns A + V     gae
     3. take one step down the loss                                  update
 
     python sa2c_continuous.py --env-id CartPole-v1 --total-timesteps 200000
@@ -62,7 +62,7 @@ class Args:
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (A2C) term
     beta: float = 1.0  # weight of the reverse term; not tuned
-    Z: float = -1.0  # stands in for log 0, negative; training depends on beta * Z alone
+    Z: float = -1.0  # stands in for log 0, negative; it matters only through beta * Z
     # noise that the learner sees; reported returns are clean
     reward_noise: float = 0.0  # standard deviation of Gaussian noise on the normalised reward
     advantage_noise: float = 0.0  # probability that an advantage changes sign
@@ -144,7 +144,7 @@ class Environment:
         self.length += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
-        if not (terminated or truncated):  # a last observation is valued, but not acted on
+        if not (terminated or truncated):  # a last observation only tells what follows is worth
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         return reward / self.return_stats.std, terminated, truncated
@@ -194,7 +194,7 @@ class BinnedAgent(nn.Module):
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
         logits = self.policy(obs).view(-1, *self.bins.shape)
-        logprobs = logits.movedim(2, 0).log_softmax(0)  # much faster if the few bins come first
+        logprobs = logits.movedim(2, 0).log_softmax(0)  # (bins, batch, D): same numbers, faster
         logprob = logprobs.gather(0, action.unsqueeze(0)).squeeze(0)
         entropy = -(logprobs.exp() * logprobs).sum((0, 2))
         return logprob, entropy, self.value(obs).squeeze(1)
@@ -255,12 +255,12 @@ def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
 def collect(env: Environment, agent: BinnedAgent, num_steps: int) -> tuple[dict, list]:
     """Acts with π. Returns arrays (num_steps, …), and (step, return, length) of ended episodes."""
     policy = in_numpy(agent.policy)
-    gumbel = np.random.gumbel(size=(num_steps, agent.bins.size))
+    gumbel = np.random.gumbel(size=(num_steps, agent.bins.size))  # argmax(logits + it) samples π
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
         rollout["obs"].append(env.obs)
-        action = (policy(env.obs) + gumbel[t]).reshape(agent.bins.shape).argmax(1)  # a sample of π
+        action = (policy(env.obs) + gumbel[t]).reshape(agent.bins.shape).argmax(1)
         reward, terminated, truncated = env.step(agent.to_env(action))
         rollout["next_obs"].append(env.obs)
         rollout["actions"].append(action)
@@ -311,7 +311,7 @@ def update(agent: BinnedAgent, optimizer, batch: list, args: Args) -> dict:
 
 
 @torch.no_grad()
-def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarray:
+def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.ndarray:
     """Raw returns (eval_episodes,) with the most probable actions, the same seeds each time."""
     set_seeds(args.seed, "evaluation")
     env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
@@ -324,7 +324,7 @@ def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarr
         while not over:
             if args.capture_video and episode == 0:
                 frames.append(env.render())
-            action = policy(normalize(obs)).reshape(agent.bins.shape).argmax(1)
+            action = policy(normalize_obs(obs)).reshape(agent.bins.shape).argmax(1)
             obs, reward, terminated, truncated, _ = env.step(agent.to_env(action))
             returns[episode] += reward
             over = terminated or truncated
@@ -334,7 +334,7 @@ def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarr
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -392,20 +392,21 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # a typed one holds
     env.reset(seed=np.random.randint(2**31))
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
         step = iteration * args.num_steps
-        last = iteration == num_iterations  # all is trained: only save and evaluate
+        last = iteration == num_iterations  # the extra pass: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
-            writer.flush()  # curves first: what a checkpoint knows is on disk
+            writer.flush()  # so that no curve ends before its checkpoint
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
         if last:
             break
 

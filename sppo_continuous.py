@@ -4,16 +4,17 @@ Actions are discretised: each dimension is cut into `num_bins` values. π is the
 action taken, the product over dimensions, π_old when it was taken, r = π / π_old, A the advantage:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
-    reverse = -m · A · Z · (1 - π) / π_old      A times a reverse cross-entropy: Z < 0 stands in for
-                                                log 0, m is 1 where `forward` has a gradient, else 0
+    reverse = -m · A · Z · (1 - π) / π_old      A times reverse cross-entropy -Σ_b π(b) log p(b); p is
+                                                0 but for the action taken, and log 0 is Z < 0; m is
+                                                1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-α = 1, β = 0 is PPO. SPPO has PPO's policy gradient times α + β|Z|: `--alpha 20.5 --beta 0` trains
-the same as the defaults. Without the division by π_old the factor is smaller, and not constant.
+α = 1, β = 0 is PPO. The gradient of (1 - π) / π_old is that of -r, so SPPO has PPO's policy
+gradient times α + β|Z|: `--alpha 20.5 --beta 0` trains the same as the defaults, but for rounding.
 
 One iteration:
     1. act for `num_steps` steps                                    collect
-    2. add noise, compute advantages A and returns A + V            gae
+    2. add reward noise, compute advantages A and returns A + V     gae
     3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
     python sppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000
@@ -62,7 +63,7 @@ class Args:
     # the symmetric loss
     alpha: float = 0.5  # weight of the forward (PPO) term
     beta: float = 20.0  # weight of the reverse term; the released code's example for one task
-    Z: float = -1.0  # stands in for log 0, negative; training depends on beta * Z alone
+    Z: float = -1.0  # stands in for log 0, negative; it matters only through beta * Z
     importance_weighted_reverse: bool = True  # divide the reverse term by the old probability
     # noise that the learner sees; reported returns are clean
     reward_noise: float = 0.0  # standard deviation of Gaussian noise on the normalised reward
@@ -145,7 +146,7 @@ class Environment:
         self.length += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
-        if not (terminated or truncated):  # a last observation is valued, but not acted on
+        if not (terminated or truncated):  # a last observation only tells what follows is worth
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         return reward / self.return_stats.std, terminated, truncated
@@ -195,7 +196,7 @@ class BinnedAgent(nn.Module):
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
         logits = self.policy(obs).view(-1, *self.bins.shape)
-        logprobs = logits.movedim(2, 0).log_softmax(0)  # much faster if the few bins come first
+        logprobs = logits.movedim(2, 0).log_softmax(0)  # (bins, batch, D): same numbers, faster
         logprob = logprobs.gather(0, action.unsqueeze(0)).squeeze(0)
         entropy = -(logprobs.exp() * logprobs).sum((0, 2))
         return logprob, entropy, self.value(obs).squeeze(1)
@@ -203,18 +204,17 @@ class BinnedAgent(nn.Module):
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     """α · forward + β · reverse, and the two terms. `logprob`, `old_logprob`: (batch, D), a column
-    for each action dimension; `advantage`: (batch,). Source: the paper; for m and the division by
-    π_old the released code. The plain form, without it, is ours: -m · A · Z · mean_d(1 - π_d)."""
-    joint_logprob = logprob.sum(1)
+    for each action dimension; `advantage`: (batch,). Source: the paper and, for m and 1/π_old, its
+    code. Without 1/π_old, the plain form, which is ours: -m · A · Z · mean_d(1 - π_d)."""
     old_joint_logprob = old_logprob.sum(1)
-    ratio = (joint_logprob - old_joint_logprob).exp()
+    ratio = (logprob.sum(1) - old_joint_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: within the clip range both are equal
+    mask = unclipped <= clipped  # m: the minimum is r·A, which has a gradient
     if args.importance_weighted_reverse:
-        weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old, kept finite
+        weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old = 1/π_old - r
     else:
         weight = (1 - logprob.exp()).mean(1)
     reverse_loss = -(mask * advantage * args.Z * weight).mean()
@@ -245,12 +245,12 @@ def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
 def collect(env: Environment, agent: BinnedAgent, num_steps: int) -> tuple[dict, list]:
     """Acts with π. Returns arrays (num_steps, …), and (step, return, length) of ended episodes."""
     policy = in_numpy(agent.policy)
-    gumbel = np.random.gumbel(size=(num_steps, agent.bins.size))
+    gumbel = np.random.gumbel(size=(num_steps, agent.bins.size))  # argmax(logits + it) samples π
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
         rollout["obs"].append(env.obs)
-        action = (policy(env.obs) + gumbel[t]).reshape(agent.bins.shape).argmax(1)  # a sample of π
+        action = (policy(env.obs) + gumbel[t]).reshape(agent.bins.shape).argmax(1)
         reward, terminated, truncated = env.step(agent.to_env(action))
         rollout["next_obs"].append(env.obs)
         rollout["actions"].append(action)
@@ -275,8 +275,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
     loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, args.clip_coef, args)
     policy_loss, forward_loss, reverse_loss = loss_terms
     value_loss = nn.functional.mse_loss(value, returns)
-    bonus = args.ent_coef * entropy.mean() if args.ent_coef else 0  # nothing to differentiate
-    loss = policy_loss - bonus + args.vf_coef * value_loss
+    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
     ratio = (logprob - old_logprob).sum(1).exp().detach()
     logged = {
         "losses/policy_loss": policy_loss,
@@ -288,7 +287,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
         "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
-    if not args.importance_weighted_reverse:  # the mean factor on PPO's gradient, for a control
+    if not args.importance_weighted_reverse:  # the mean of α + β|Z|π_d / D, PPO's factor at r = 1
         share = old_logprob.exp().mean() / old_logprob.shape[1]
         logged["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share
     return loss, {tag: value.detach() for tag, value in logged.items()}
@@ -313,7 +312,7 @@ def update(agent, optimizer, batch: tuple, args: Args, loss_function=minibatch_l
 
 
 @torch.no_grad()
-def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarray:
+def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.ndarray:
     """Raw returns (eval_episodes,) with the most probable actions, the same seeds each time."""
     set_seeds(args.seed, "evaluation")
     env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
@@ -326,7 +325,7 @@ def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarr
         while not over:
             if args.capture_video and episode == 0:
                 frames.append(env.render())
-            action = policy(normalize(obs)).reshape(agent.bins.shape).argmax(1)
+            action = policy(normalize_obs(obs)).reshape(agent.bins.shape).argmax(1)
             obs, reward, terminated, truncated, _ = env.step(agent.to_env(action))
             returns[episode] += reward
             over = terminated or truncated
@@ -336,7 +335,7 @@ def evaluate(agent: BinnedAgent, normalize, args: Args, video: Path) -> np.ndarr
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -395,20 +394,21 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # a typed one holds
     env.reset(seed=np.random.randint(2**31))
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
         step = iteration * args.num_steps
-        last = iteration == num_iterations  # all is trained: only save and evaluate
+        last = iteration == num_iterations  # the extra pass: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
-            writer.flush()  # curves first: what a checkpoint knows is on disk
+            writer.flush()  # so that no curve ends before its checkpoint
             save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # not yet saved
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
         if last:
             break
 
