@@ -4,9 +4,9 @@ Actions are discretised: each dimension is cut into `num_bins` values. π is the
 action taken, the product over dimensions, π_old when it was taken, r = π / π_old, A the advantage:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
-    reverse = -m · A · Z · (1 - π) / π_old      A times reverse cross-entropy -Σ_b π(b) log p(b); p is
-                                                0 but for the action taken, and log 0 is Z < 0; m is
-                                                1 where `forward` has a gradient, else 0
+    reverse = -m · A · Z · (1 - π) / π_old      A times reverse cross-entropy -Σ_b π(b) log p(b): p
+                                                is 0 but for the action taken, and log 0 is Z < 0;
+                                                m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
 α = 1, β = 0 is PPO. The gradient of (1 - π) / π_old is that of -r, so SPPO has PPO's policy
