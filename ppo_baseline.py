@@ -478,8 +478,7 @@ def make(args: Args, device: torch.device) -> tuple:
     """The environments, and an agent for their kind."""
     if is_game(args.env_id):
         envs = Games(args, args.num_envs)
-        agent = AtariAgent(envs.num_actions)
-        return envs, agent.to(device, memory_format=torch.channels_last)
+        return envs, AtariAgent(envs.num_actions).to(device, memory_format=torch.channels_last)
     envs = Environments(args, args.num_envs)
     return envs, ControlAgent(envs.obs.shape[1], envs.space, envs.bins).to(device)
 
