@@ -53,9 +53,7 @@ from tqdm import tqdm
 class Args:
     """SPPO on Atari. Defaults are the settings of the paper's released code."""
 
-    env_id: str = (
-        "ALE/Breakout-v5"  # the game; sticky actions are set below, a frame skip of 4 is fixed
-    )
+    env_id: str = "ALE/Breakout-v5"  # the game; frame skip is 4, sticky actions have a flag
     seed: int = 1  # seed of weights, games, actions, minibatches and noise
     total_timesteps: int = 5_000_000  # environment steps, each of 4 frames
     num_envs: int = 8  # games played side by side

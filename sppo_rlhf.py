@@ -272,14 +272,14 @@ class LanguageAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper; for m
-    and the division by π_old the released code. The plain form, without it, is ours."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). Both are the paper's; m and
+    the division by π_old the released code's; m without the division is ours."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # where the minimum has a gradient
+    mask = unclipped <= clipped  # m: within the clip range both are equal
     weight = 1 - logprob.exp()
     if args.importance_weighted_reverse:
         weight = weight / old_logprob.exp()
@@ -436,7 +436,7 @@ def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[st
 
 
 def set_seeds(*names) -> None:
-    """From here on random numbers follow from these names alone: a resumed run draws the same."""
+    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -569,7 +569,7 @@ if __name__ == "__main__":
     main(*read_flags())
 
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "transformers==5.24.0", "peft==0.21.2",
 #   "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
