@@ -349,7 +349,7 @@ def collect(envs, agent: nn.Module, num_steps: int, device) -> tuple[dict, list]
         obs = torch.tensor(envs.obs, device=device)
         policy, value = agent(obs)
         action = policy.sample()
-        rollout["valid"].append(torch.from_numpy(~envs.must_fire).to(device))  # not a forced FIRE
+        rollout["valid"].append(torch.from_numpy(~envs.must_fire).to(device))  # False: forced FIRE
         reward, done = envs.step(action.cpu().numpy())
         bootstrap = torch.zeros_like(value)
         if envs.truncated.any():  # what would have followed is worth V
@@ -384,7 +384,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # of π_old from π
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # estimates KL(π_old, π)
         "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
@@ -427,7 +427,7 @@ def evaluate(agent: nn.Module, envs, args: Args, device: torch.device) -> np.nda
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -503,8 +503,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size
-        last = iteration == num_iterations  # the extra pass: only save and evaluate
+        step = iteration * batch_size  # step % n < batch_size: it just passed a multiple of n
+        last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()  # so that no curve ends before its checkpoint
@@ -533,7 +533,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + values
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), without a forced FIRE
+        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), no forced FIRE
         logs = update(agent, optimizer, batch, clip_coef, args)
 
         logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()

@@ -132,7 +132,7 @@ class Games:
         self.length += 1
         self.over = terminated | truncated
         life_lost = ~self.over & (info["lives"] < self.lives)
-        self.lives = info["lives"]  # of the new game, where one is over
+        self.lives = info["lives"]  # already of the new game, where one is over
         self.must_fire = life_lost & (self.fire is not None)
         return np.sign(reward).astype(np.float32), self.over | life_lost
 
@@ -233,10 +233,10 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
-        obs = torch.from_numpy(games.obs).to(device)  # a new array in each step
+        obs = torch.from_numpy(games.obs).to(device)  # shares memory; each step has its own array
         policy, value = agent(obs)
         action = policy.sample()
-        rollout["valid"].append(torch.from_numpy(~games.must_fire).to(device))  # not a forced FIRE
+        rollout["valid"].append(torch.from_numpy(~games.must_fire).to(device))  # False: forced FIRE
         reward, done = games.step(action.cpu().numpy())
         rollout["obs"].append(obs)
         rollout["actions"].append(action)
@@ -303,7 +303,7 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -379,8 +379,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size
-        last = iteration == num_iterations  # the extra pass: only save and evaluate
+        step = iteration * batch_size  # step % n < batch_size: it just passed a multiple of n
+        last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()  # so that no curve ends before its checkpoint
@@ -407,7 +407,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), without a forced FIRE
+        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), no forced FIRE
         logs = update(agent, optimizer, batch, args)
 
         if iteration % args.log_interval == 0:

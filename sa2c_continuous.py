@@ -334,7 +334,7 @@ def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.n
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -397,8 +397,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
-        step = iteration * args.num_steps
-        last = iteration == num_iterations  # the extra pass: only save and evaluate
+        step = iteration * args.num_steps  # step % n < num_steps: it just passed a multiple of n
+        last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
             writer.flush()  # so that no curve ends before its checkpoint

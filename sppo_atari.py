@@ -3,15 +3,16 @@
 π is the probability of the action taken, π_old when it was taken, r = π / π_old, A the advantage:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
-    reverse = -m · A · Z · (1 - π) / π_old      A times a reverse cross-entropy, see below
+    reverse = -m · A · Z · (1 - π) / π_old      -Z · (1 - π) is a reverse cross-entropy, see below
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
 Reverse cross-entropy is -Σ_b π(b) log p(b), where p is 1 for the action taken and 0 for the others;
 with Z < 0 in place of log 0 it is -Z · (1 - π). m is 1 where `forward` has a gradient, else 0.
 
-α = 1, β = 0 is PPO. The gradient of `reverse` is |Z| times that of `forward`, so SPPO has PPO's
-policy gradient times α + β|Z|: `--alpha 1.5 --beta 0` trains the same as the defaults, but for
-rounding. Without the division by π_old the factor is α + β|Z|π_old, larger for likelier actions.
+α = 1, β = 0 is PPO. As ∇π = π ∇log π, the gradient of `forward` is -m · A · r · ∇log π and that
+of `reverse` |Z| times as large, together α + β|Z| times: `--alpha 1.5 --beta 0` trains like the
+defaults. Without the division by π_old (`--no-importance-weighted-reverse`) the factor is
+α + β|Z|π_old instead.
 
 One iteration:
     1. play `num_envs` games for `num_steps` steps                  collect
@@ -19,7 +20,7 @@ One iteration:
     3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
 Left out: a clipped value loss (the released code has none either); the value of games that are cut
-off after half an hour, which count as over; games in a checkpoint.
+off after half an hour (they count as over); saving games (a resumed run starts new ones).
 
     python sppo_atari.py --env-id ALE/Breakout-v5 --reward-noise 0.1
     python sppo_atari.py --resume runs/<run>
@@ -142,7 +143,7 @@ class Games:
         self.length += 1
         self.over = terminated | truncated
         life_lost = ~self.over & (info["lives"] < self.lives)
-        self.lives = info["lives"]  # of the new game, where one is over
+        self.lives = info["lives"]  # already of the new game, where one is over
         self.must_fire = life_lost & (self.fire is not None)
         return np.sign(reward).astype(np.float32), self.over | life_lost
 
@@ -181,14 +182,14 @@ class AtariAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). Both are the paper's; m and
-    the division by π_old the released code's; m without the division is ours."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper, with the
+    mask m and the division by π_old as in the released code. m without the division is ours."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: within the clip range both are equal
+    mask = unclipped <= clipped  # m: where the minimum is r·A, as inside the clip range
     weight = 1 - logprob.exp()
     if args.importance_weighted_reverse:
         weight = weight / old_logprob.exp()
@@ -229,10 +230,10 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
-        obs = torch.from_numpy(games.obs).to(device)  # a new array in each step
+        obs = torch.from_numpy(games.obs).to(device)  # shares memory; each step has its own array
         policy, value = agent(obs)
         action = policy.sample()
-        rollout["valid"].append(torch.from_numpy(~games.must_fire).to(device))  # not a forced FIRE
+        rollout["valid"].append(torch.from_numpy(~games.must_fire).to(device))  # False: forced FIRE
         reward, done = games.step(action.cpu().numpy())
         rollout["obs"].append(obs)
         rollout["actions"].append(action)
@@ -267,7 +268,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # of π_old from π
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # estimates KL(π_old, π)
         "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
@@ -315,7 +316,7 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -392,8 +393,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size
-        last = iteration == num_iterations  # the extra pass: only save and evaluate
+        step = iteration * batch_size  # step % n < batch_size: it just passed a multiple of n
+        last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()  # so that no curve ends before its checkpoint
@@ -411,7 +412,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         remaining = 1 - iteration / num_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
-        clip_coef = torch.tensor(clip_coef, device=device)  # each new number would be compiled anew
+        clip_coef = torch.tensor(clip_coef, device=device)  # --compile compiles a new float anew
 
         with bf16:
             rollout, finished = collect(games, agent, args.num_steps, device)
@@ -422,7 +423,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), without a forced FIRE
+        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), no forced FIRE
         logs = update(agent, optimizer, batch, clip_coef, args, loss_function)
 
         logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()

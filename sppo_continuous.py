@@ -212,7 +212,7 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: the minimum is r·A, which has a gradient
+    mask = unclipped <= clipped  # m: where the minimum is r·A, as inside the clip range
     if args.importance_weighted_reverse:
         weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old = 1/π_old - r
     else:
@@ -283,7 +283,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
         "losses/reverse_loss": reverse_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy.mean(),
-        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # of π_old from π
+        "losses/approx_kl": (ratio - 1 - ratio.log()).mean(),  # estimates KL(π_old, π)
         "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
@@ -335,7 +335,7 @@ def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.n
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -399,8 +399,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
-        step = iteration * args.num_steps
-        last = iteration == num_iterations  # the extra pass: only save and evaluate
+        step = iteration * args.num_steps  # step % n < num_steps: it just passed a multiple of n
+        last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
             writer.flush()  # so that no curve ends before its checkpoint

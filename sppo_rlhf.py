@@ -272,14 +272,14 @@ class LanguageAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). Both are the paper's; m and
-    the division by π_old the released code's; m without the division is ours."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper, with the
+    mask m and the division by π_old as in the released code. m without the division is ours."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: within the clip range both are equal
+    mask = unclipped <= clipped  # m: where the minimum is r·A, as inside the clip range
     weight = 1 - logprob.exp()
     if args.importance_weighted_reverse:
         weight = weight / old_logprob.exp()
@@ -436,7 +436,7 @@ def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[st
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: an iteration draws the same in a resumed run."""
+    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
