@@ -201,7 +201,8 @@ class Environments:
     def reset(self) -> None:
         seeds = np.random.randint(2**31, size=len(self.envs)).tolist()
         first = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)]
-        self.obs = np.stack([self.normalize(obs, self.learning) for obs in first])
+        learning = self.stats["obs"].count == 0  # not when a run is resumed
+        self.obs = np.stack([self.normalize(obs, learning) for obs in first])
 
     def normalize(self, obs: np.ndarray, learning: bool) -> np.ndarray:
         if learning:
@@ -453,7 +454,7 @@ def read_flags() -> tuple[Args, dict | None]:
             args = tyro.cli(Args, default=Args(**(checkpoint["args"] | {"resume": args.resume})))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
-        print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name} {args.resume or ''}: {error!s:.120}", file=sys.stderr)
         sys.exit(2)
     return args, checkpoint
 

@@ -340,7 +340,7 @@ def read_flags() -> tuple[Args, dict | None]:
             args = tyro.cli(Args, default=Args(**(checkpoint["args"] | {"resume": args.resume})))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
-        print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name} {args.resume or ''}: {error!s:.120}", file=sys.stderr)
         sys.exit(2)
     return args, checkpoint
 

@@ -49,7 +49,6 @@ class Args:
     total_timesteps: int = 2_000_000  # environment steps
     num_steps: int = 2048  # steps per iteration
     num_bins: int = 11  # values per dimension of a `Box`, evenly spaced, ends included
-    # PPO
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over each batch
     learning_rate: float = 3e-4  # step size of Adam
@@ -134,7 +133,8 @@ class Environment:
 
     def reset(self, seed: int | None = None) -> None:
         obs, _ = self.env.reset(seed=seed)
-        self.obs_stats.update(obs)
+        if seed is None or self.obs_stats.count == 0:  # not when a run is resumed
+            self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         self.score, self.length = 0.0, 0
         self.discounted_return = 0.0
@@ -359,7 +359,7 @@ def read_flags() -> tuple[Args, dict | None]:
             args = tyro.cli(Args, default=Args(**(checkpoint["args"] | {"resume": args.resume})))
         validate(args)
     except Exception as error:  # a wrong flag, or a file that is no checkpoint of this script
-        print(f"{Path(__file__).name} {args.resume or ''}: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name} {args.resume or ''}: {error!s:.120}", file=sys.stderr)
         sys.exit(2)
     return args, checkpoint
 

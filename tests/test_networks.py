@@ -168,7 +168,9 @@ def test_bins_are_evenly_spaced_and_ends_included(num_bins):
     agent = BinnedAgent(OBS_SPACE, gym.spaces.Box(low, high), num_bins)
     for values, lowest, highest in zip(agent.bins, low, high, strict=True):
         step = (highest - lowest) / (num_bins - 1)
-        np.testing.assert_allclose(values, lowest + step * np.arange(num_bins), rtol=1e-6)
+        np.testing.assert_allclose(
+            values, lowest + step * np.arange(num_bins), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

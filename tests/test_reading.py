@@ -13,7 +13,7 @@ import reading
 ROOT = Path(__file__).parent.parent
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = pytest.mark.parametrize("script", TEXTS)
-LONGER = {"ppo_baseline.py": 560, "sppo_rlhf.py": 580}
+LONGER = {"ppo_baseline.py": 570, "sppo_rlhf.py": 580}
 MOST_LINES = 450
 MOST_TOKENS_A_LINE = 12
 MOST_TOKENS_IN_A_LINE = 35
