@@ -317,7 +317,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
     No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
     advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
-    for t in reversed(range(len(advantages) - 1)):
+    for t in reversed(range(len(advantages) - 1)):  # the last one is its δ already
         advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
@@ -366,7 +366,10 @@ def collect(envs, agent: nn.Module, num_steps: int, device) -> tuple[dict, list]
         finished += [(t, envs.score[i], envs.length[i]) for i in np.flatnonzero(envs.over)]
     _, next_value = agent(torch.from_numpy(envs.obs).to(device))
     rollout["next_values"] = [*rollout["values"][1:], next_value]
-    return {name: torch.stack(steps) for name, steps in rollout.items()}, finished
+    rollout = {name: torch.stack(steps) for name, steps in rollout.items()}
+    rollout["next_values"] *= ~rollout["dones"]  # nothing follows an end,
+    rollout["next_values"] += rollout["bootstraps"]  # but what a time limit cuts off is worth V
+    return rollout, finished
 
 
 def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip_coef, args: Args):
@@ -504,7 +507,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # step % n < batch_size: it just passed a multiple of n
+        step = iteration * batch_size  # below, step % n < batch_size: just passed a multiple of n
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -514,7 +517,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, envs, args, device)
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
         if last:
             break
 
@@ -528,13 +531,12 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             rollout, finished = collect(envs, agent, args.num_steps, device)
 
         rewards = add_noise(rollout["rewards"], args.reward_noise, envs.is_game)
-        values, dones = rollout["values"], rollout["dones"]
-        next_values = rollout["next_values"] * ~dones + rollout["bootstraps"]
-        advantages = gae(rewards, values, next_values, dones, args.gamma, args.gae_lambda)
-        returns = advantages + values
+        context = (rollout["values"], rollout["next_values"], rollout["dones"])
+        advantages = gae(rewards, *context, args.gamma, args.gae_lambda)
+        returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), no forced FIRE
+        batch = [x[rollout["valid"]] for x in batch]  # drops forced FIREs, which begin an episode
         logs = update(agent, optimizer, batch, clip_coef, args)
 
         logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()

@@ -115,7 +115,7 @@ class Games:
         self.fire = self.actions.index("FIRE") if "FIRE" in self.actions else None
         self.obs, info = self.envs.reset(seed=np.random.randint(2**31, size=num_envs))
         self.lives = info["lives"]
-        self.must_fire = np.zeros(num_envs, dtype=bool)
+        self.must_fire = np.zeros(num_envs, dtype=bool)  # in the next step, whatever is chosen
         self.over = np.zeros(num_envs, dtype=bool)  # games that ended with the last step
         self.score = np.zeros(num_envs)  # of each game so far, or the final one where it is over
         self.length = np.zeros(num_envs)  # in steps, likewise
@@ -205,7 +205,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
     No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
     advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
-    for t in reversed(range(len(advantages) - 1)):
+    for t in reversed(range(len(advantages) - 1)):  # the last one is its δ already
         advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
@@ -379,7 +379,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # step % n < batch_size: it just passed a multiple of n
+        step = iteration * batch_size  # below, step % n < batch_size: just passed a multiple of n
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -389,7 +389,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
         if last:
             break
 
@@ -407,7 +407,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), no forced FIRE
+        batch = [x[rollout["valid"]] for x in batch]  # drops forced FIREs, which begin an episode
         logs = update(agent, optimizer, batch, args)
 
         if iteration % args.log_interval == 0:

@@ -237,7 +237,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
     No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
     advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
-    for t in reversed(range(len(advantages) - 1)):
+    for t in reversed(range(len(advantages) - 1)):  # the last one is its δ already
         advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
@@ -398,7 +398,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
-        step = iteration * args.num_steps  # step % n < num_steps: it just passed a multiple of n
+        step = iteration * args.num_steps  # below, step % n < num_steps: just passed a multiple
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
@@ -407,7 +407,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
         if last:
             break
 

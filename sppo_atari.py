@@ -6,13 +6,14 @@
     reverse = -m · A · Z · (1 - π) / π_old      -Z · (1 - π) is a reverse cross-entropy, see below
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-Reverse cross-entropy is -Σ_b π(b) log p(b), where p is 1 for the action taken and 0 for the others;
-with Z < 0 in place of log 0 it is -Z · (1 - π). m is 1 where `forward` has a gradient, else 0.
+Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. The reverse one
+swaps p and π, and with Z < 0 for log 0 is -Z · (1 - π). It is to help against noisy rewards. m is
+1 where `forward` has a gradient, else 0.
 
 α = 1, β = 0 is PPO. As ∇π = π ∇log π, the gradient of `forward` is -m · A · r · ∇log π and that
-of `reverse` |Z| times as large, together α + β|Z| times: `--alpha 1.5 --beta 0` trains like the
-defaults. Without the division by π_old (`--no-importance-weighted-reverse`) the factor is
-α + β|Z|π_old instead.
+of `reverse` |Z| times as large, together α + β|Z| times: a larger policy loss, and no more. So
+`--alpha 1.5 --beta 0` trains like the defaults. Without the division by π_old the factor is
+α + β|Z|π_old instead (`--no-importance-weighted-reverse`).
 
 One iteration:
     1. play `num_envs` games for `num_steps` steps                  collect
@@ -126,7 +127,7 @@ class Games:
         self.fire = self.actions.index("FIRE") if "FIRE" in self.actions else None
         self.obs, info = self.envs.reset(seed=np.random.randint(2**31, size=num_envs))
         self.lives = info["lives"]
-        self.must_fire = np.zeros(num_envs, dtype=bool)
+        self.must_fire = np.zeros(num_envs, dtype=bool)  # in the next step, whatever is chosen
         self.over = np.zeros(num_envs, dtype=bool)  # games that ended with the last step
         self.score = np.zeros(num_envs)  # of each game so far, or the final one where it is over
         self.length = np.zeros(num_envs)  # in steps, likewise
@@ -183,13 +184,13 @@ class AtariAgent(nn.Module):
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper, with the
-    mask m and the division by π_old as in the released code. m without the division is ours."""
+    mask m and the division by π_old as in the released code; the form without it is ours."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: where the minimum is r·A, as inside the clip range
+    mask = unclipped <= clipped  # m: 1 if r·A is the minimum; inside the clip range both are
     weight = 1 - logprob.exp()
     if args.importance_weighted_reverse:
         weight = weight / old_logprob.exp()
@@ -202,7 +203,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
     No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
     advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
-    for t in reversed(range(len(advantages) - 1)):
+    for t in reversed(range(len(advantages) - 1)):  # the last one is its δ already
         advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
@@ -250,7 +251,7 @@ def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[di
 
 
 def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip_coef, args: Args):
-    """The loss, and what is logged of it. All inputs but the observations: (batch,)."""
+    """The loss, and what is logged. `raw_advantage` is not normalised. All but `obs`: (batch,)."""
     advantage = normalize(raw_advantage) if args.norm_adv else raw_advantage
     with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
         policy, value = agent(obs)
@@ -393,7 +394,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # step % n < batch_size: it just passed a multiple of n
+        step = iteration * batch_size  # below, step % n < batch_size: just passed a multiple of n
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -403,7 +404,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # a resume redoes it
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
         if last:
             break
 
@@ -423,7 +424,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # (samples, …), no forced FIRE
+        batch = [x[rollout["valid"]] for x in batch]  # drops forced FIREs, which begin an episode
         logs = update(agent, optimizer, batch, clip_coef, args, loss_function)
 
         logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()

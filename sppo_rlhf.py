@@ -273,13 +273,13 @@ class LanguageAgent(nn.Module):
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper, with the
-    mask m and the division by π_old as in the released code. m without the division is ours."""
+    mask m and the division by π_old as in the released code; the form without it is ours."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: where the minimum is r·A, as inside the clip range
+    mask = unclipped <= clipped  # m: 1 if r·A is the minimum; inside the clip range both are
     weight = 1 - logprob.exp()
     if args.importance_weighted_reverse:
         weight = weight / old_logprob.exp()
@@ -292,7 +292,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
     δ_t = r_t + γ V'_t - V_t. V'_t is the value of what follows step t: 0 if that was terminal.
     No A_{t+1} crosses the end of an episode (`dones`). All: (num_steps, …)."""
     advantages = rewards + gamma * next_values - values  # δ_t, to which the loop adds γλ A_{t+1}
-    for t in reversed(range(len(advantages) - 1)):
+    for t in reversed(range(len(advantages) - 1)):  # the last one is its δ already
         advantages[t] += gamma * gae_lambda * ~dones[t] * advantages[t + 1]
     return advantages
 
