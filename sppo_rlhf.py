@@ -216,14 +216,16 @@ class LanguageAgent(nn.Module):
             raise ValueError(f"prompt_length and response_length: {args.model} has {length} tokens")
         self.tokenizer.model_max_length = args.prompt_length
         self.tokenizer.padding_side = "left"
-        alike = torch.tensor([[0, 1, 2], [0, 1, 0]])  # but for the last token
-        hidden = self.value(alike)[0].detach().float()
-        if not torch.allclose(hidden[0, :2], hidden[1, :2], rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{args.model} reads ahead: it is no causal language model")
-        self.value_head = nn.Linear(hidden.shape[-1], 1)
-
         self.temperature = args.temperature
         self.precision = {"dtype": torch.bfloat16, "enabled": args.bf16, "cache_enabled": False}
+
+        tokens = torch.tensor([[0, 1, 2], [0, 0, 1]])  # 0 1, then a token, or after padding
+        attention = torch.tensor([[1, 1, 1], [0, 1, 1]])
+        hidden = self.run(self.value, tokens, attention)[0].detach().float()
+        if not torch.allclose(hidden[0, :2], hidden[1, 1:], rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{args.model} reads ahead or counts padding: it cannot be trained")
+        self.value_head = nn.Linear(hidden.shape[-1], 1)
+
         self.loaded_settings = self.policy.generation_config
         ends = self.loaded_settings.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
@@ -512,12 +514,15 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     set_seeds(args.seed, "start")
     with refusing(args.prompts):
         prompts = read_prompts(args)
-    with refusing(args.reward or ""):
+    with refusing(args.model):
         agent = LanguageAgent(args).to(device)
         encode_prompts(agent.tokenizer, prompts[:100], 0)
+    with refusing(args.reward or args.reward_model):
         path, _, name = (args.reward or "").rpartition(":")
         reward = runpy.run_path(path)[name] if path else Judge(args.reward_model, args, device)
+    with refusing(args.gold_model or ""):
         gold = Judge(args.gold_model, args, device) if args.gold_model else None
+    with refusing(args.resume or ""):
         trained = agent.state_dict()
         optimizer = torch.optim.Adam(trained.values(), args.learning_rate, eps=1e-5, fused=True)
         if checkpoint:

@@ -42,9 +42,10 @@ OTHER_SIZES = {  # of kinds that have other names for them, or more of them
         "vision_config": SIZE | {"image_size": 8, "patch_size": 4},
         "image_token_index": 59,
     },
-    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2},
+    "distilbert": SIZE | {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2},
     "electra": SIZE | {"embedding_size": 32},
     "roberta": SIZE | {"pad_token_id": 1},
+    "xlm-roberta": SIZE | {"pad_token_id": 1},
     "deberta-v2": SIZE | {"pooler_hidden_size": 32},
     "albert": SIZE | {"embedding_size": 16},
     "bart": {
@@ -56,6 +57,7 @@ OTHER_SIZES = {  # of kinds that have other names for them, or more of them
         "encoder_ffn_dim": 64,
         "decoder_ffn_dim": 64,
         "max_position_embeddings": 64,
+        "pad_token_id": 1,
     },
 }
 
