@@ -263,14 +263,14 @@ class AtariAgent(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),
             layer_init(nn.Linear(64 * 7 * 7, 512)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.policy = layer_init(nn.Linear(512, num_actions), gain=0.01)
         self.value = layer_init(nn.Linear(512, 1), gain=1.0)

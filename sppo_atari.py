@@ -91,7 +91,7 @@ class Args:
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
     cuda: bool = True  # use a GPU if there is one
     bf16: bool = False  # bfloat16 but for the heads; faster on a GPU and on CPUs that have it
-    compile: bool = False  # compile the loss: faster after half a minute
+    compile: bool = False  # compile the loss, which takes half a minute
     torch_threads: int = 0  # CPU threads of torch; 0: as many as torch chooses
 
 
@@ -162,14 +162,14 @@ class AtariAgent(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),
             layer_init(nn.Linear(64 * 7 * 7, 512)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.policy = layer_init(nn.Linear(512, num_actions), gain=0.01)
         self.value = layer_init(nn.Linear(512, 1), gain=1.0)

@@ -74,7 +74,7 @@ class Args:
     resume: str | None = None  # go on with the run in this folder; typed flags replace its own
     capture_video: bool = False  # save a video of each evaluation's first episode
     track: bool = False  # mirror the run to Weights & Biases (pip install wandb)
-    compile: bool = False  # compile the loss: faster after half a minute
+    compile: bool = False  # compile the loss, which takes half a minute
     torch_threads: int = 1  # CPU threads of torch; more only slow down networks as small as these
 
 
