@@ -314,6 +314,7 @@ def test_the_baseline_bootstraps_where_a_time_limit_cuts(monkeypatch):
     np.testing.assert_allclose(rollout["bootstraps"], expected, rtol=1e-4, atol=1e-5)
     assert truncated.any() and (truncated <= rollout["dones"].numpy()).all()
     following = np.append(rollout["values"][1:], [values_of(agent, envs.obs)], axis=0)
+    following = following * ~rollout["dones"].numpy() + expected
     np.testing.assert_allclose(rollout["next_values"], following, rtol=1e-4, atol=1e-5)
     assert all(score == length for _, score, length in finished)
 
