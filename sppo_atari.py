@@ -363,7 +363,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Nothing about the algorithm; 1.3 times as fast on two cores. Freed memory stays with the
+    """Nothing about the algorithm: speed where cores are few. Freed memory stays with the
     process, waking threads wait their turn, and (GOMP_SPINCOUNT, above) idle ones sleep early."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
