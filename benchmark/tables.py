@@ -1,5 +1,5 @@
-"""The tables of final scores in docs/checks.md and docs/results.md, in Markdown, from
-`results/scores.csv` and `results/reference.csv`; `python docs/results.py` writes them there."""
+"""The table of final scores beside Stable-Baselines3's, in Markdown, from `results/scores.csv` and
+`results/reference.csv`; `python docs/results.py` writes it into docs/results.md."""
 
 import re
 from collections import defaultdict
@@ -11,6 +11,11 @@ from score import read
 
 RESULTS = Path(__file__).parent / "results"
 NO_NAME = r" --(env-id|seed|total-timesteps|eval-episodes|torch-threads) \S+"  # flags left out
+PEERS = {  # ours, and what it is called there
+    "ppo_baseline.py --policy gaussian": "ppo",
+    "ppo_baseline.py": "ppo",
+    "sa2c_atari.py --alpha 1 --beta 0": "a2c",
+}
 
 
 def interval(scores) -> tuple[float, float]:
@@ -52,69 +57,25 @@ def ours() -> dict[tuple[str, str, int], dict[int, dict]]:
     return rows
 
 
-def commits(rows) -> str:
-    return ", ".join(sorted({row["commit"] for row in rows}))
-
-
-def games() -> str:
-    """SPPO beside the uniform policy, a line for each seed."""
-    lines = []
-    for (name, env, steps), rows in sorted(ours().items()):
-        if name != "sppo_atari.py":
-            continue
-        for seed, row in sorted(rows.items()):
-            cells = [env, seed, f"{steps:,}", f"{int(row['seconds']) / 60:.0f}"]
-            for one in (row, peers()["uniform", env, 0][1]):
-                episodes = int(one["episodes"])
-                half = stats.t.ppf(0.975, episodes - 1) * float(one["std"]) / (episodes - 1) ** 0.5
-                cells.append(f"{float(one['mean']):.0f} ± {half:.0f} ({episodes} games)")
-            lines.append(cells)
-    return markdown("game | seed | steps | minutes | trained policy | uniform policy", lines)
-
-
-def means(rows: dict[int, dict], seeds) -> list[float]:
-    return [float(rows[seed]["mean"]) for seed in seeds]
-
-
 def beside_peers() -> str:
-    """All our scores, beside Stable-Baselines3's and the uniform policy's where there are some."""
-    lines = []
-    for (name, env, steps), rows in sorted(ours().items(), key=lambda item: item[0][1::-1]):
-        seeds = sorted(seed for seed in rows if seed <= 3)
-        scores = means(rows, seeds)
-        listed = ", ".join(f"{x:.0f} (seed {seed})" for seed, x in zip(seeds, scores))
-        code = commits(rows[seed] for seed in seeds)
-        cells = [f"`{name}`", env, f"{steps:,}", code, listed, f"{np.mean(scores):.0f}"]
-
-        peer_rows = peers()["a2c" if "a2c" in name else "ppo", env, steps]
-        uniform_rows = peers()["uniform", env, 0]
-        if uniform_rows and {1, 2, 3} <= peer_rows.keys():
-            peer = np.mean(means(peer_rows, (1, 2, 3)))
-            uniform = means(uniform_rows, uniform_rows)[0]
-            cells += [f"{(peer + uniform) / 2:.0f}", f"{peer:.0f}", f"{uniform:.0f}"]
-        else:
-            cells += ["–"] * 3
-        lines.append(cells)
-    header = "script | environment | steps | code | seeds' final scores | mean"
-    return markdown(f"{header} | halfway | Stable-Baselines3 | uniform", lines)
-
-
-def baseline() -> str:
-    """Our PPO against Stable-Baselines3's, on the seeds that both have."""
+    """Our PPO and A2C against Stable-Baselines3's, on the seeds that both have."""
     lines = []
     for (name, env, steps), rows in sorted(ours().items()):
-        peer_rows = peers()["ppo", env, steps]
+        method = PEERS.get(name)
+        peer_rows = peers()[method, env, steps]
         both = sorted(rows.keys() & peer_rows.keys())
-        if name not in ("ppo_baseline.py --policy gaussian", "ppo_baseline.py") or len(both) < 3:
+        if len(both) < 3:
             continue
-        our_scores = means(rows, both)
-        peer_scores = means(peer_rows, both)
+        our_scores, peer_scores = (
+            [float(scores[seed]["mean"]) for seed in both] for scores in (rows, peer_rows)
+        )
         gap, low, high = difference(our_scores, peer_scores)
-        cells = [env, f"{steps:,}", commits(rows[seed] for seed in both), len(both)]
+        task = re.sub(r"ALE/|Continuous|-v\d", "", env)
+        cells = [f"{method.upper()}, {task}", len(both)]
         for scores in (our_scores, peer_scores):
             cells.append("{:.0f} ± {:.0f}".format(*interval(scores)))
         cells.append(f"{gap:+.0f} ({low:+.0f} to {high:+.0f})")
-        cells.append("not weaker" if low > -0.1 * np.mean(peer_scores) else "undecided")
+        cells.append("not weaker" if low > -0.1 * np.mean(peer_scores) else "open")
         lines.append(cells)
-    header = "environment | steps | code | seeds | ours | Stable-Baselines3"
-    return markdown(f"{header} | difference (95 % interval) | verdict", lines)
+    header = "method, task | seeds | ours | Stable-Baselines3 | difference | answer"
+    return markdown(header, lines)

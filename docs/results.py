@@ -1,16 +1,17 @@
-"""Writes the tables of results.md, checks.md and the README.
+"""Writes the tables, numbers and figures of results.md, and the README's verdicts.
 
     python docs/results.py
 
-A table lies between <!-- NAME --> and <!-- end -->. The figures are from the committed tables,
-which `studies/study.py collect`, `benchmark/score.py` and their like wrote. Nothing learns here.
+A table lies between <!-- NAME --> and <!-- end -->, a number in a sentence between <!--NAME--> and
+<!--/-->. All follow from the committed tables, which `studies/study.py collect` and the commands
+in benchmark/ wrote. Nothing learns here.
 """
 
-import copy
-import itertools
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,432 +20,388 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "studies")]
+import bandit  # noqa: E402
+import results_figures as figures  # noqa: E402
 import study_report as report  # noqa: E402
 import tables  # noqa: E402
 from study_file import load  # noqa: E402
 
-PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "checks.md", ROOT / "README.md"]
+PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
+FIGURES = ROOT / "docs" / "figures"
 RESULTS = ROOT / "studies" / "results"
-SCALES = dict(
-    cartpole_noise=None,
-    robustness_calm=None,
-    z_values=None,
-    alpha_beta_grid=None,
-    sign_flips=None,
-    beta_atari="laptop",
-    robustness_continuous="laptop",
-)
-VERDICTS = ["holds", "tie", "mixed", "undecided", "contradicted", "not tested"]
+FIRST = range(1, 16)  # seeds of robustness_calm; ten more were added later
+MARGIN = 0.15  # a larger gain is excluded, or the question is open
 
-# An estimate has its interval's ends and a p-value. What is measured is a list of estimates that
-# are positive if a claim holds, each with how to say it.
-Estimate = tuple[float, float, float, float]
-Measured = list[tuple[Estimate, str]]
-
-
-@dataclass
-class Claim:
-    claim: str
-    reported: str  # by the paper
-    measured: Measured  # decides
-    note: str = ""  # decides nothing
-
-    @property
-    def text(self) -> str:
-        texts = [text for _, text in self.measured]
-        return "<br>".join(texts + [self.note] if self.note else texts)
+NAMES = {
+    "CartPole-v1": "CartPole",
+    "InvertedDoublePendulum-v5": "the pendulum",
+    "LunarLanderContinuous-v3": "LunarLander",
+}
+SPPO = "SPPO − PPO"
+PLAIN = "plain form − its control"
+SA2C = "SA2C − its control"
+PAIRS = {  # by study
+    "cartpole_noise": {SPPO: ("SPPO", "PPO"), PLAIN: ("SPPO plain", "PPO mean weight")},
+    "robustness_calm": {SPPO: ("DSPPO", "DPPO"), PLAIN: ("DSPPO plain", "DPPO mean weight")},
+    "robustness_continuous": {SPPO: ("DSPPO", "DPPO")},
+    "sa2c": {SA2C: ("SA2C", "A2C mean weight")},
+}
 
 
-def percent(estimate: Estimate) -> str:
-    return report.interval(estimate, lambda x: f"{round(100 * x)}", "+") + " %"
+@dataclass(frozen=True)
+class Rules:
+    """What was decided after results had been seen. The defaults are the page's."""
+
+    last: int = 3  # evaluations that make the end
+    levels: tuple = (0, 1)  # of noise, that are averaged
+    seeds: Iterable[int] = range(1, 26)  # of robustness_calm
+    paired: bool = True
+    error: float = 0.05  # of a one-sided bound
 
 
-def unit(results: report.Results, env_id: str) -> float:
-    return results.reference[env_id] - results.random[env_id]
+def compare(first: pd.Series, second: pd.Series, rules: Rules = Rules()) -> dict:
+    """Of the difference of two means over seeds: its value, Student's two-sided 95 % interval and
+    p-value, and `upper`, the end of its one-sided interval."""
+    both = pd.concat([first, second], axis=1).dropna()
+    a, b = both.to_numpy().T
+    if rules.paired:
+        test = stats.ttest_1samp(a - b, 0)
+    else:
+        test = stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    upper = test.confidence_interval(1 - 2 * rules.error).high
+    ends = dict(low=low, high=high, upper=upper, p=test.pvalue)
+    return dict(value=a.mean() - b.mean(), **ends, seeds=len(both))
 
 
-def seeds_of(results: report.Results) -> str:
-    numbers = sorted({len(runs) for runs in results.cases.values()})
-    ends = dict.fromkeys((numbers[0], numbers[-1]))
-    return " to ".join(map(str, ends)) + " seeds"
+def outcomes(points: pd.DataFrame, last: int) -> dict[str, pd.Series]:
+    """Scores by method, environment, condition and seed: of all evaluations, and of the last."""
+    keys = [*report.CASE, "seed"]
+    points = points.sort_values("step")
+    ends = points.groupby(keys).tail(last).groupby(keys).score.mean()
+    return {"learns faster": points.groupby(keys).score.mean(), "ends higher": ends}
 
 
-def verdict(measured: Measured) -> tuple[str, str]:
-    """A word, and how many of the estimates it rests on.
-
-    *holds*, *contradicted*, *mixed*: some differ from zero, with Holm's correction over the row,
-    and by intervals that do not lie within ± MARGIN. *tie*: all intervals do.
-    """
-    if not measured:
-        return "not tested", ""
-    values, lows, highs, p = np.array([estimate for estimate, _ in measured]).T
-    within = (lows >= -report.MARGIN) & (highs <= report.MARGIN)
-    apart = (report.holm(p) < 0.05) & ~within
-    share = f"{sum(apart)} of {len(apart)}"
-    if not any(apart):
-        return "tie" if all(within) else "undecided", ""
-    if all(values[apart] > 0):
-        return "holds", share
-    if all(values[apart] < 0):
-        return "contradicted", share
-    return "mixed", share
-
-
-def at_the_end(results: report.Results) -> report.Results:
-    """The same runs; a run's score is its last evaluation."""
-    last = results.evaluations.sort_values("step").groupby([*report.CASE, "seed"]).score.last()
-    study = results.study
-    ended = copy.copy(results)
-    ended.cases = {case: rows.assign(score=last[case]) for case, rows in results.cases.items()}
-    ended.reference = results.reference.copy()
-    for env_id in results.tasks:
-        ended.reference[env_id] = ended.of(study.reference, env_id, study.clean).mean()
-    return ended
-
-
-def measure(results: report.Results, env_id: str, terms: list) -> tuple[Estimate, str]:
-    """A contrast Σ c · scores over `terms` (c, scores by seed), in units of the reference's clean
-    score above the uniform policy, and where it is from."""
-    estimate = report.contrast(*((c / unit(results, env_id), scores) for c, scores in terms))
-    seeds = len(pd.concat([scores for _, scores in terms], axis=1).dropna())
-    return estimate, f"{seeds} seeds: {percent(estimate)}"
-
-
-def compare(results: report.Results | None, pairs: list, conditions: list, what="") -> Measured:
-    """Mean over conditions of the score a − b, for each pair (a, b) and on every task; nothing of a
-    study without runs."""
-    measured = []
-    for (a, b), env_id in itertools.product(pairs, results.tasks if results else []):
-        terms = []
-        for condition in conditions:
-            terms.append((1 / len(conditions), results.of(a, env_id, condition)))
-            terms.append((-1 / len(conditions), results.of(b, env_id, condition)))
-        estimate, text = measure(results, env_id, terms)
-        measured.append((estimate, f"{a} − {b}, {env_id}{what}, {text}"))
-    return measured
-
-
-def cost(results: report.Results, env_id: str, method: str, condition: str) -> tuple[Estimate, str]:
-    """What a condition costs a method."""
-    clean = results.of(method, env_id, results.study.clean)
-    under_it = results.of(method, env_id, condition)
-    estimate, text = measure(results, env_id, [(1, clean), (-1, under_it)])
-    return estimate, f"{condition} cost {method}, {env_id}, {text}"
-
-
-def settings(results: report.Results, family: str, env_id: str, condition: str) -> pd.DataFrame:
-    """Scores (seeds, settings) of a method that the study's grid expands."""
-    members = results.study.families[family]
-    return pd.DataFrame({x: results.of(x, env_id, condition) for x in members}).dropna()
-
-
-def spread(scores: pd.DataFrame) -> pd.Series:
-    """Standard deviation over settings, by seed. What runs differ by at random is in it, for all
-    methods."""
-    return scores.std(axis=1)
-
-
-def spread_gaps(results: report.Results) -> list[tuple]:
-    """(a, b, environment, condition, spread of a − spread of b, mean spread of b)."""
-    study = results.study
-    gaps = []
-    for (a, b), *case in itertools.product(study.comparisons, study.environments, study.conditions):
-        if {a, b} <= study.families.keys():
-            first, second = (spread(settings(results, x, *case)) for x in (a, b))
-            if len(first) and len(second):
-                gap = report.contrast((1, first), (-1, second))
-                gaps.append((a, b, *case, gap, second.mean()))
-    return gaps
-
-
-def spread_tables(results: report.Results) -> list[str]:
-    """How much the setting matters; nothing of a study without a grid."""
-    study = results.study
+def effects(studies: dict[str, report.Results], rules: Rules = Rules()) -> pd.DataFrame:
+    """A row for each comparison, outcome, noise and task, in units of what the study's reference
+    reaches above the uniform policy without noise."""
     rows = []
-    for case in itertools.product(study.families, study.environments, study.conditions):
-        scores = settings(results, *case)
-        if not len(scores):
-            continue
-        p = stats.friedmanchisquare(*scores.to_numpy().T).pvalue
-        means = scores.mean()
-        ends = (scores.to_numpy().mean(), means.min(), means.max(), spread(scores).mean())
-        size = f"{scores.shape[1]} × {len(scores)}"
-        rows.append([*case, size, *map(report.number, ends), f"{p:.2g}"])
-    gaps = []
-    for a, b, env_id, condition, gap, whole in spread_gaps(results):
-        text = report.interval(gap, plus="+")
-        word = report.verdict(gap, a, b, "higher", report.MARGIN * whole)
-        gaps.append([f"{a} − {b}", env_id, condition, text, word])
-    header = ["method", "environment", "condition", "settings × seeds"]
-    header += ["mean", "lowest", "highest", "spread", "p"]
-    tables = [report.table(header, rows)] if rows else []
-    header = ["difference", "environment", "condition", "of spreads", "verdict"]
-    return tables + [report.table(header, gaps)] if gaps else tables
+    for name, results in studies.items():
+        study, points = results.study, results.evaluations
+        if name == "robustness_calm":
+            points = points[points.seed.isin(rules.seeds)]
+        noisy = [x for x in study.conditions if x.startswith("noise") and x != study.clean]
+        noises = {
+            "without noise": [study.clean],
+            "with noise": [x for i, x in enumerate(noisy) if i in rules.levels],
+        }
+        scores_of = outcomes(points, rules.last)
+        cases = product(PAIRS[name].items(), scores_of.items(), noises.items(), results.tasks)
+        for (comparison, pair), (outcome, scores), (noise, conditions), env_id in cases:
+            unit = scores[study.reference, env_id, study.clean].mean() - results.random[env_id]
+            sums = [sum(scores[x, env_id, at] for at in conditions) for x in pair]
+            task = NAMES.get(env_id, env_id.partition("-")[0])
+            row = dict(comparison=comparison, outcome=outcome, noise=noise, task=task)
+            rows.append(row | compare(*(x / len(conditions) / unit for x in sums), rules))
+    return pd.DataFrame(rows)
 
 
-def sensitivity(results: report.Results, method: str) -> Measured:
-    """Spread over settings beside PPO's over the same factors on its policy loss, in units of the
-    latter. The claim is that it is less."""
-    measured = []
-    for a, b, env_id, condition, gap, whole in spread_gaps(results):
-        if a != method:
-            continue
-        value, low, high = np.array(gap[:3]) / whole
-        text = f"spread over settings, {a} − {b}, {env_id}, {condition}, {seeds_of(results)}: "
-        text += f"{percent((value, low, high))} of PPO's"
-        measured.append(((-value, -high, -low, gap[3]), text))
-    return measured
+def of(found: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """The rows that have all these names."""
+    columns = found[["comparison", "outcome", "noise", "task"]]
+    return found[columns.isin(names).sum(axis=1) == len(names)]
 
 
-def learned_rewards(a: str, b: str) -> Measured:
-    """Gold scores of small language models, a − b, in units of what PPO gains."""
+def percent(row, sign: int = 1) -> str:
+    """An estimate with its interval. With sign = -1, how much less."""
+    value, *ends = (round(100 * sign * x) for x in (row.value, row.low, row.high))
+    plus = "+" if value > 0 and sign > 0 else ""
+    return f"{plus}{value} ({min(ends)} to {max(ends)}) %"
+
+
+def bound(rows: pd.DataFrame) -> int:
+    """The largest gain that is not excluded, in percent. A claim about the largest of several
+    effects needs no correction for their number: whichever it is, its own bound holds."""
+    return max(0, round(100 * rows.upper.max()))
+
+
+def answer(rows: pd.DataFrame, note: str = "") -> str:
+    """The verdict on the claim of a gain, from its estimates on one task or more."""
+    apart = report.holm(rows.p.to_numpy(float)) < 0.05
+    gains = rows[apart & (rows.value > 0)]
+    losses = rows[apart & (rows.value < 0)]
+    wide = rows[~apart & (rows.upper > MARGIN)]
+    rest = rows.drop([*gains.index, *wide.index])
+    parts = []
+    if len(gains):
+        parts.append(f"gain on {' and '.join(gains.task)}{note}")
+    if len(wide):
+        half = round(50 * (wide.high - wide.low).max())
+        parts.append(f"open (half-width {half} %) on {' and '.join(wide.task)}")
+    if not parts or (len(rest) and not len(losses)):
+        parts.append("else " * bool(parts) + f"no gain above {bound(rest)} %")
+    if len(losses):
+        parts.append(f"loss on {' and '.join(losses.task)}")
+    return "; ".join(parts)
+
+
+def language() -> pd.DataFrame:
+    """Gold scores of small language models, SPPO − PPO, in units of what PPO gains."""
     points = pd.read_csv(tables.RESULTS / "language.csv").sort_values("step")
     scores = points.groupby(["reward", "method", "seed"]).gold_score
-    first = scores.first()
-    last = scores.last()
-    measured = []
-    for reward in last.index.levels[0]:
+    first, last = scores.first(), scores.last()
+    rows = []
+    for reward, task in {"proxy": "good rewards", "weak_proxy": "weak rewards"}.items():
         gain = (last - first)[reward, "PPO"].mean()
-        estimate = report.contrast((1 / gain, last[reward, a]), (-1 / gain, last[reward, b]))
-        seeds = len(last[reward, a])
-        text = f"{a} − {b}, reward `{reward}`, {seeds} seeds: {percent(estimate)} of PPO's gain"
-        measured.append((estimate, text))
-    return measured
+        row = compare(last[reward, "SPPO"] / gain, last[reward, "PPO"] / gain)
+        rows.append(dict(task=task, label=f"language, {task}") | row)
+    return pd.DataFrame(rows)
 
 
-def sa2c() -> tuple[Measured, str]:
-    """On the one game of which there are three seeds, in units of A2C's score above the uniform
-    policy. What default weights do is said, but decides nothing: most of it is the size of the
-    policy loss."""
+def kung_fu() -> pd.DataFrame:
+    """SA2C − A2C on KungFuMaster, in units of A2C's score above the uniform policy: at a mean
+    weight near 1, with default weights, and A2C with the mean of these."""
     game = "ALE/KungFuMaster-v5"
 
     def scores(flags: str) -> pd.Series:
-        rows = tables.ours()[f"sa2c_atari.py{flags}", game, 200_000]
+        rows = tables.ours()[f"sa2c_atari.py {flags}".strip(), game, 200_000]
         return pd.Series({seed: float(row["mean"]) for seed, row in rows.items()})
 
-    a2c = scores(" --alpha 1 --beta 0")
-    above = a2c.mean() - float(tables.peers()["uniform", game, 0][1]["mean"])
-    equal = report.contrast((1 / above, scores(" --alpha 0.871 --beta 1.742")), (-1 / above, a2c))
-    default = report.contrast((1 / above, scores("")), (-1 / above, a2c))
-    text = f"SA2C (mean weight near 1) − A2C, {game}, 200,000 steps, {len(a2c)} seeds: "
-    note = "with default weights, whose policy loss is smaller, not counted: "
-    return [(equal, text + percent(equal))], note + percent(default)
+    a2c = scores("--alpha 1 --beta 0")
+    unit = a2c.mean() - float(tables.peers()["uniform", game, 0][1]["mean"])
+    kinds = {"equal": "--alpha 0.871 --beta 1.742", "default": "", "mean": "--alpha 0.574 --beta 0"}
+    rows = [compare(scores(flags) / unit, a2c / unit) for flags in kinds.values()]
+    return pd.DataFrame(rows, [*kinds]).assign(task="KungFuMaster", label="SA2C, KungFuMaster")
 
 
-def at_full_length(name: str) -> str:
-    """Last evaluations of the finished runs of a study on one task: a seed or two, which decide
-    nothing."""
-    runs = pd.read_csv(RESULTS / name / "runs.csv").sort_values(["seed", "method"])
-    scores = (f"{x.method} {report.number(x.score)} (seed {x.seed})" for x in runs.itertuples())
-    return f"at the end of {runs.steps.max():,} steps, not counted: {', '.join(scores)}"
+def up_n_down(games: report.Results) -> pd.DataFrame:
+    """SPPO − PPO after 100,000 steps."""
+    env_id = games.tasks[0]
+    unit = games.reference[env_id] - games.random[env_id]
+    scores = (games.of(x, env_id, games.study.clean) / unit for x in ("SPPO beta=1", "PPO"))
+    return pd.DataFrame([dict(task="UpNDown", label="UpNDown") | compare(*scores)])
 
 
-def shown(measured: Measured) -> str:
-    """The estimates alone."""
-    return "; ".join(text.rpartition(": ")[2] for _, text in measured)
+def long_game() -> str:
+    """What the finished runs at the paper's length say."""
+    runs = pd.read_csv(RESULTS / "robustness_atari" / "runs.csv")
+    runs = runs.pivot(index="seed", columns="method", values="score").dropna()
+    scores = " against ".join(f"{runs[x].mean():,.0f}" for x in ("SPPO", "PPO"))
+    return f"open ({len(runs)} seed{'s' * (len(runs) > 1)} each: {scores})"
 
 
-def ours(measured: Measured, beside: str = "") -> str:
-    """Of the plain form, which the paper does not have: it is said, but decides nothing about the
-    paper's claims."""
-    return f"the plain form, ours{beside}, in the same order, not counted: {shown(measured)}"
+def wrong_signs(results: report.Results, env_id: str, clean: str) -> str:
+    """What three wrong signs in ten cost PPO."""
+    unit = results.reference[env_id] - results.random[env_id]
+    row = compare(*(results.of("PPO", env_id, x) / unit for x in (clean, "flips 0.3")))
+    word = f"loss of {round(100 * row['value'])} %" if row["low"] > 0 else "none"
+    return f"{word} on {NAMES[env_id]}"
 
 
-def control_claims(pole: report.Results, calm: report.Results) -> list[Claim]:
-    """Of CartPole, and of the two calm tasks, where all actions are discretised (D)."""
-    clean = (["noise 0"], ["noise 0"])
-    noisy = (["noise 0.2", "noise 1"], ["noise 0.05", "noise 0.2"])
+def head(found: pd.DataFrame, folder: str = "") -> str:
+    """What is proved, excluded and open: a sentence each."""
+    clean, noisy = "without noise", "with noise"
+    cases = [("learns faster", clean), ("ends higher", clean), ("ends higher", noisy)]
+    speed, end, noisy_end = (bound(of(found, SPPO, *case)) for case in cases)
+    return f"""\
+- **Proved:** SPPO, as its authors released it, has PPO's policy gradient times the constant
+  α + β|Z| ([derivation]({folder}symmetric_loss.md)).
+- **Excluded**, in short runs on three control tasks, at the released β, with 95 % confidence each:
+  SPPO gains more than {speed} % in speed or {end} % at the end, or more than {noisy_end} % at the
+  end where rewards are noisy.
+- **Open:** nobody knows whether SPPO gains in long games, or in speed on LunarLander with noise,
+  nor whether weights on samples help, which SA2C has and released SPPO has not."""
 
-    def both(a: str, b: str, conditions: tuple, end: bool = False) -> Measured:
-        what = "" if conditions == clean else ", mean over noise"
-        first, second = (at_the_end(x) if end else x for x in (pole, calm))
-        return compare(first, [(a, b)], conditions[0], what) + compare(
-            second, [(f"D{a}", f"D{b}")], conditions[1], what
-        )
 
-    plain_without_noise = shown(both("SPPO plain", "PPO mean weight", clean))
-    return [
-        Claim(
-            claim="SPPO learns faster than PPO on control tasks",
-            reported="SPPO above PPO; 30 seeds, β tuned per task",
-            measured=both("SPPO", "PPO", clean),
-            note="D: discretised actions",
-        ),
-        Claim(
-            claim="SPPO ends above PPO on control tasks",
-            reported="SPPO above PPO",
-            measured=both("SPPO", "PPO", clean, end=True),
-        ),
-        Claim(
-            claim="SPPO learns faster where rewards are noisy",
-            reported="SPPO above PPO with noise 0.05",
-            measured=both("SPPO", "PPO", noisy),
-        ),
-        Claim(
-            claim="SPPO ends above PPO where rewards are noisy",
-            reported="SPPO above PPO with noise 0.05",
-            measured=both("SPPO", "PPO", noisy, end=True),
-        ),
-        Claim(
-            claim="reweighting samples (our plain form) helps where rewards are noisy",
-            reported="the idea; the released form has none",
-            measured=both("SPPO plain", "PPO mean weight", noisy),
-            note=f"without noise, in the same order, not counted: {plain_without_noise}",
-        ),
+def verdicts(found: pd.DataFrame) -> str:
+    """The README's part."""
+    alt = "SPPO beside PPO, and the plain form beside its control: differences on three tasks"
+    figure = f'<img src="docs/figures/forest.png" width="700" alt="{alt}">'
+    return f"{head(found, 'docs/')}\n\n{figure}"
+
+
+def claims(found: pd.DataFrame, rest: list[list[str]]) -> str:
+    """Claim, answer, and where there is more."""
+    factor = "[proof](symmetric_loss.md#released-sppo-a-constant-factor)"
+    knobs = "[proof](symmetric_loss.md#what-α-β-and-z-can-change)"
+    rows = [
+        ["SPPO is PPO with a larger policy loss", r"by algebra: its factor is α + β\|Z\|", factor],
+        ["Z = −1 is a good choice", "by algebra: only β·Z matters", knobs],
+        ["SPPO depends less on α and β", "by algebra: as PPO does on its factor", knobs],
     ]
+    subjects = {
+        SPPO: ("SPPO", "[control](#control-and-noise)"),
+        PLAIN: ("plain form", "[weights](#weights-on-samples)"),
+        SA2C: ("SA2C", "[weights](#weights-on-samples)"),
+    }
+    cases = found.groupby(["comparison", "outcome", "noise"], sort=False)
+    for (comparison, outcome, noise), estimates in cases:
+        subject, link = subjects[comparison]
+        note = ", found after looking" * (comparison == PLAIN)
+        rows.append([f"{subject} {outcome}, {noise}", answer(estimates, note), link])
+    return report.table(["claim", "answer", "more"], rows + rest)
 
 
-def claims(studies: dict[str, report.Results]) -> list[Claim]:
-    pole = studies.get("cartpole_noise")
-    calm = studies.get("robustness_calm")
-    z = studies.get("z_values")
-    grid = studies.get("alpha_beta_grid")
-    games = studies.get("beta_atari")
+def sa2c_text(results: report.Results | None) -> str:
+    """Where to see SA2C on control tasks, once there are runs of it."""
+    if results is None:
+        return "Nobody has run the study of SA2C on control, [sa2c](../studies/sa2c.toml), yet."
+    seeds = sorted({len(runs) for runs in results.cases.values()})
+    return f"""\
+<img src="figures/sa2c.png" width="700" alt="SA2C beside A2C with its mean weight: differences">
 
-    near = [("Z-1", "Z-0.5"), ("Z-1", "Z-2")]
-    near_plain = [(f"plain {a}", f"plain {b}") for a, b in near]
-    plain_z = ours(compare(z, near_plain, ["flips 0"]))
-    plain_language = learned_rewards("plain SPPO", "mean-weight control")
-    sa2c_measured, sa2c_note = sa2c()
-    return [
-        *control_claims(pole, calm),
-        Claim(
-            claim="wrong signs do harm",
-            reported="shares of sign flips",
-            measured=[
-                cost(pole, "CartPole-v1", "PPO", "flips 0.3"),
-                cost(z, "InvertedDoublePendulum-v5", "PPO", "flips 0.3"),
-            ],
-        ),
-        Claim(
-            claim="SPPO depends less on its hyperparameters than PPO",
-            reported="good scores over a range of α and β",
-            measured=sensitivity(grid, "SPPO"),
-            note="SPPO and PPO weighted are one method but for rounding<br>"
-            + ours(sensitivity(grid, "SPPO plain")),
-        ),
-        Claim(
-            claim="Z = −1 is a good choice",
-            reported="−1 throughout",
-            measured=compare(z, near, ["flips 0"]),
-            note=f"only β·Z matters, bit for bit (a test)<br>{plain_z}",
-        ),
-        Claim(
-            claim="SPPO helps against errors of a learned reward model",
-            reported="better on IMDB and TL;DR",
-            measured=learned_rewards("SPPO", "PPO"),
-            note="small models ([which](language_models.md))<br>"
-            + ours(plain_language, ", beside its control"),
-        ),
-        Claim(
-            claim="SPPO beats PPO on Atari",
-            reported="UpNDown, 5,000,000 steps: 126,830 against 58,289",
-            measured=compare(games, [("SPPO beta=1", "PPO")], ["noise 0"], ", 100,000 steps"),
-            note=at_full_length("robustness_atari"),
-        ),
-        Claim(
-            claim="SA2C beats A2C on Atari",
-            reported="SA2C above A2C, 5,000,000 steps, β tuned per game",
-            measured=sa2c_measured,
-            note=sa2c_note,
-        ),
-    ]
+SA2C, {seeds[0]} seeds, 98,304 steps ([report](../studies/results/sa2c/report.md))."""
 
 
-def claims_table(rows: list[Claim]) -> str:
-    """Claim, what the paper reports, what was measured, and the verdict."""
-    cells = []
-    for row in rows:
-        words = ", ".join(filter(None, verdict(row.measured)))
-        cells.append([row.claim, row.reported, row.text, words])
-    return report.table(["the claim", "the paper reports", "measured here", "verdict"], cells)
-
-
-def verdicts_table(rows: list[Claim]) -> str:
-    """Verdict, and the claims that have it."""
-    by_verdict = {word: [] for word in VERDICTS}
-    for row in rows:
-        word, share = verdict(row.measured)
-        by_verdict[word].append(f"{row.claim} ({share})" if share else row.claim)
-    cells = [[word, "; ".join(found)] for word, found in by_verdict.items() if found]
-    return report.table(["verdict", "claims"], cells)
-
-
-def difference_cells(results: report.Results, a: str, b: str, env_id: str) -> dict[str, str]:
-    """Differences of scores, a − b, in percent, by condition. Those whose interval excludes zero
-    are bold, those that Holm's correction leaves have a star."""
-    cells = {}
-    for x in results.differences.itertuples():
-        if (x.of, x.a, x.b, x.environment) == ("score", a, b, env_id):
-            text = percent(tuple(np.array(x.estimate[:3]) / x.unit))
-            if x.p < 0.05:
-                text += r" \*"
-            if x.verdict in (f"{a} higher", f"{b} higher"):
-                text = f"**{text}**"
-            cells[x.condition] = text
-    return cells
-
-
-def section(results: report.Results) -> str:
-    """A study's question, figure, and differences: a line for each comparison and task."""
-    study = results.study
-    path = f"../studies/results/{results.folder.name}"
-    steps = " or ".join(f"{n:,}" for n in sorted(set(results.runs.steps)))
-    score = dict(last="the last evaluation", mean="the mean of all evaluations")[study.score]
-    figure = "heat_maps" if study.families else "differences"
-    blocks = [
-        f"*{study.question}* {seeds_of(results)} of {steps} steps; a run's score is {score}.",
-        f'<img src="{path}/{figure}.png" width="600" alt="{study.question}">',
-        *spread_tables(results),
+def choices(studies: dict[str, report.Results], more: dict[str, report.Results]) -> str:
+    """What each choice that was made after results had been seen would change."""
+    variants = [
+        ("as on this page", studies, Rules()),
+        ("end: last evaluation alone", studies, Rules(last=1)),
+        ("weaker noise alone", studies, Rules(levels=(0,))),
+        ("stronger noise alone", studies, Rules(levels=(1,))),
+        ("unpaired (Welch)", studies, Rules(paired=False)),
+        ("corrected for three tasks", studies, Rules(error=0.05 / 3)),
+        ("first 15 seeds", studies, Rules(seeds=FIRST)),
+        ("ten added seeds", studies, Rules(seeds=range(16, 26))),
+        ("without an outlier, seed 12", studies, Rules(seeds={*range(1, 26)} - {12})),
+        ("four more tasks, five seeds", studies | more, Rules()),
     ]
     rows = []
-    for (a, b), env_id in itertools.product(results.pairs, results.tasks):
-        cells = difference_cells(results, a, b, env_id)
-        rows.append([f"{a} − {b}", env_id, *(cells.get(x, "–") for x in study.conditions)])
-    if rows:
-        blocks.append(report.table(["difference", "task", *study.conditions], rows))
-        blocks.append(report.verdicts(results.differences, named=False))
-    blocks.append(f"[The whole report]({path}/report.md)")
-    return "\n\n".join(blocks)
+    for text, chosen, rules in variants:
+        found = of(effects(chosen, rules), SPPO)
+        bounds = found.groupby(["outcome", "noise"], sort=False)
+        rows.append([text, *(str(bound(x)) for _, x in bounds)])
+    header = ["choice", "faster", "faster, noise", "higher", "higher, noise"]
+    return report.table(header, rows)
 
 
-def so_far(name: str) -> str:
-    """Every evaluation of a study on one task; its runs may be under way."""
-    points = pd.read_csv(RESULTS / name / "evaluations.csv")
-    scores = points.pivot(index="step", columns=["method", "seed"], values="score")
-    rows = [[f"{step:,}", *map(report.number, row)] for step, *row in scores.itertuples()]
-    header = ["steps", *(f"{method}, seed {seed}" for method, seed in scores)]
-    return report.table(header, rows).replace("| nan", "| –")
+def more_steps(calm: report.Results, env_id: str) -> float:
+    """How many more steps SPPO needs to the same score, as a share: what stretches PPO's mean curve
+    so that it fits SPPO's best."""
+    points = calm.evaluations[calm.evaluations.environment == env_id]
+    points = points[points.condition == calm.study.clean]
+    curves = points.groupby(["method", "step"]).score.mean()
+    slow, fast = curves["DSPPO"], curves["DPPO"]
+    shares = np.linspace(0, 0.3, 301)
+    fits = [np.interp(slow.index / (1 + share), fast.index, fast) for share in shares]
+    return shares[np.argmin([((fit - slow) ** 2).sum() for fit in fits])]
 
 
-def fill(page: str, blocks: dict[str, str]) -> str:
-    """The page with each block in its place; a minus sign before a number is a real one."""
-    for name in re.findall(r"<!-- (?!end)(\w+) -->", page):
-        begin = page.index(f"<!-- {name} -->")
-        end = page.index("<!-- end -->", begin)
-        block = re.sub(r"\bZ-", "Z=-", blocks[name])
-        block = re.sub(r"(?<![\w`-])-(?=\d)", "−", block)
-        page = f"{page[:begin]}<!-- {name} -->\n{block}\n{page[end:]}"
-    return page
+def numbers(found: pd.DataFrame, calm: report.Results, grid: dict, games: pd.DataFrame) -> dict:
+    """Those in the page's sentences, by name."""
+    pendulum, lander = calm.tasks
+    stars = calm.differences[calm.differences.p < 0.05]
+    floor = stars[stars.of == "loss"]
+    less = [100 * x.estimate[0] / x.unit for x in floor.itertuples()]
+    noisy = [calm.of(x, pendulum, "noise 0.2").mean() for x in {*floor.a, *floor.b}]
+    gaussian = calm.differences[(calm.differences.b == "PPO") & (calm.differences.of == "score")]
+    weights = calm.runs[(calm.runs.environment == lander) & (calm.runs.condition == "noise 0")]
+    weights = weights.groupby("method").mean_weight.mean()
+    listed = pd.concat([pd.read_csv(x) for x in sorted(RESULTS.glob("*/runs.csv"))]).command
+    plain = grid["the pendulum"].query("method == 'plain form'").groupby("ratio").score.mean()
+    slower = of(found, SPPO, "learns faster", "without noise", "the pendulum").iloc[0]
+    gains = {}
+    for name, rules in dict(lander=Rules(), last=Rules(last=1), first=Rules(seeds=FIRST)).items():
+        rows = effects({"robustness_calm": calm}, rules)
+        gains[name] = percent(of(rows, PLAIN, "ends higher", "with noise", "LunarLander").iloc[0])
+    texts = gains | {
+        "slower": percent(slower, -1),
+        "steps": f"{100 * more_steps(calm, pendulum):.0f} %",
+        "gaussian": f"{min(-100 * x.estimate[0] / x.unit for x in gaussian.itertuples()):.0f} %",
+        "stars": f"{len(stars)}",
+        "floor": f"{len(floor)}",
+        "less": f"{min(less):.0f} to {max(less):.0f} %",
+        "noisy": f"{min(noisy):.0f} to {max(noisy):.0f}",
+        "clean": f"{calm.of('DPPO', pendulum, 'noise 0').mean():,.0f}",
+        "weak": f"{plain[plain.index < 0.3].mean():.0f} %",
+        "strong": "{:.0f} to {:.0f} %".format(*plain[plain.index > 20].agg(["min", "max"])),
+        "default": percent(games.loc["default"], -1),
+        "mean": percent(games.loc["mean"], -1),
+        "equal": percent(games.loc["equal"]),
+        "listed": f"{len(listed):,}",
+        "distinct": f"{listed.nunique():,}",
+        "control_weight": f"{weights['DPPO mean weight']:.2f}",
+        "plain_weight": f"{weights['DSPPO plain']:.2f}",
+    }
+    for beta in bandit.BETAS:
+        texts[f"progress_{beta}"] = f"{bandit.efficiency(bandit.EXAMPLE, beta):.2f}"
+        texts[f"even_{beta}"] = f"{bandit.break_even(bandit.EXAMPLE, beta):.1f}"
+    return texts
+
+
+def fill(page: str, blocks: dict[str, str], texts: dict[str, str]) -> str:
+    """The page with each table and each number in its place; minus signs are real ones."""
+
+    def put(found: re.Match) -> str:
+        text = f"{blocks[found[2]]}\n" if found[2] in blocks else texts[found[2]]
+        return found[1] + re.sub(r"(?<![\w`-])-(?=\d)", "−", text) + found[3]
+
+    page = re.sub(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", put, page, flags=re.DOTALL)
+    return re.sub(r"(<!--(\w+)-->).*?(<!--/-->)", put, page)
+
+
+def load_studies() -> dict[str, report.Results]:
+    """The committed ones that the page tells of."""
+    laptop = ("robustness_continuous", "beta_atari")
+    names = [*PAIRS, "z_values", "alpha_beta_grid", "beta_atari"]
+    return {
+        name: report.Results(load(name, "laptop" if name in laptop else None), RESULTS / name)
+        for name in names
+        if (RESULTS / name).exists()
+    }
 
 
 def main() -> None:
-    studies = {}
-    for name, scale in SCALES.items():
-        if (RESULTS / name).exists():
-            studies[name] = report.Results(load(name, scale), RESULTS / name)
-    rows = claims(studies)
-    blocks = {name: section(results) for name, results in studies.items()}
-    blocks |= {
-        "claims": claims_table(rows),
-        "verdicts": verdicts_table(rows),
-        "games": tables.games(),
-        "beside_peers": tables.beside_peers(),
-        "baseline": tables.baseline(),
-        "updown": so_far("robustness_atari"),
+    studies = load_studies()
+    control = {name: studies[name] for name in ("cartpole_noise", "robustness_calm")}
+    longer = {"robustness_continuous": studies["robustness_continuous"]}
+    found = effects(control)
+    sa2c = effects({"sa2c": studies["sa2c"]}) if "sa2c" in studies else pd.DataFrame()
+    grid = figures.factor(studies["alpha_beta_grid"], [*control.values()], NAMES)
+    games = kung_fu()
+    short = up_n_down(studies["beta_atari"])
+    texts = language()
+    others = of(effects(longer), "ends higher")
+    others = others.assign(
+        label=others.task + others.noise.map({"with noise": ", noise"}).fillna("")
+    )
+    others = pd.concat([short, games.loc[["equal"]], others, texts])
+
+    control_link, games_link = "[control](#control-and-noise)", "[games](#games-and-lengths)"
+    signs = [
+        wrong_signs(studies["z_values"], "InvertedDoublePendulum-v5", "flips 0"),
+        wrong_signs(studies["cartpole_noise"], "CartPole-v1", "noise 0"),
+    ]
+    rest = [
+        ["SPPO loses less by noise", "gain on the pendulum, but a floor effect", control_link],
+        ["wrong signs harm PPO", ", ".join(signs), control_link],
+        ["SA2C ends higher in a game", answer(games.loc[["equal"]]), games_link],
+        ["SPPO ends higher in a long game", long_game(), games_link],
+        ["SPPO helps with wrong reward models", answer(texts), "[language](language_models.md)"],
+    ]
+    blocks = {
+        "head": head(found),
+        "verdicts": verdicts(found),
+        "claims": claims(pd.concat([found, sa2c]), rest),
+        "sa2c": sa2c_text(studies.get("sa2c")),
+        "choices": choices(control, longer),
+        "baseline": tables.beside_peers(),
     }
+    in_prose = numbers(found, studies["robustness_calm"], grid, games)
     for page in PAGES:
-        page.write_text(fill(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        page.write_text(fill(text, blocks, in_prose), encoding="utf-8")
+
+    figures.use_style()
+    long = pd.read_csv(RESULTS / "robustness_atari" / "evaluations.csv")
+    figures.draw_forest(found, {SPPO: ("PPO", "SPPO"), PLAIN: ("control", "plain")}, "forest")
+    figures.draw_curves([*control.values()], NAMES)
+    figures.draw_factor(grid)
+    figures.draw_lengths(long, others)
+    bandit.draw()
+    if len(sa2c):
+        figures.draw_forest(sa2c, {SA2C: ("control", "SA2C")}, "sa2c")
 
 
 if __name__ == "__main__":

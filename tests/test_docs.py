@@ -3,14 +3,19 @@ the tables say."""
 
 import argparse
 import importlib
+import itertools
 import re
 import shlex
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import tyro
+
+import sa2c_atari
 
 ROOT = Path(__file__).parent.parent
 README, WORKFLOW = ROOT / "README.md", ROOT / ".github" / "workflows" / "tests.yml"
@@ -161,15 +166,79 @@ def test_flags_in_the_readme_exist():
         assert re.search(rf'(?m)^    {name}: |"--{flag}"', source), flag
 
 
-def test_the_results_are_what_the_tables_say(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    results = importlib.import_module("results")
+GENERATED = re.compile(
+    r"(<!-- (?!end)\w+ -->\n).*?(<!-- end -->)|(<!--\w+-->).*?(<!--/-->)", re.DOTALL
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs")
+        yield importlib.import_module("results")
+
+
+def test_results_follow_from_the_tables(results, tmp_path, monkeypatch):
     pages = {tmp_path / page.name: page.read_text(encoding="utf-8") for page in results.PAGES}
     for page, text in pages.items():
-        table = r"(<!-- (?!end)\w+ -->).*?(<!-- end -->)"
-        emptied = re.sub(table, r"\1\n\2", text, flags=re.DOTALL)
+        emptied = GENERATED.sub(lambda found: "".join(filter(None, found.groups())), text)
         page.write_text(emptied, encoding="utf-8")
         assert len(emptied) < len(text)
     monkeypatch.setattr(results, "PAGES", [*pages])
+    monkeypatch.setattr(results.figures, "FIGURES", tmp_path)
     results.main()
     assert {page: page.read_text(encoding="utf-8") for page in pages} == pages
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert {"forest.png", "bandit.png"} <= drawn <= {path.name for path in FIGURES}
+
+
+def test_results_are_short_and_no_percentage_is_written_by_hand():
+    text = TEXTS["docs/results.md"]
+    words = re.sub(r"<!--.*?-->", "", text).split()
+    assert len([word for word in words if re.search(r"\w", word)]) <= 1800
+    by_hand = set(re.findall(r"[\d.,]+(?= %)", GENERATED.sub("", text)))
+    assert by_hand <= {"10", "15", "90", "95", "100"}  # margins and levels
+
+
+def test_answers_are_verdicts_of_twelve_words():
+    block = re.search(r"<!-- claims -->(.*?)<!-- end -->", TEXTS["docs/results.md"], re.DOTALL)
+    _, _, *rows = block[1].strip().splitlines()
+    for row in rows:
+        answer = row.split(" | ")[1]
+        assert re.match(r"by algebra: |no gain above \d+ %|gain on |loss of |open ", answer)
+        assert len(re.findall(r"[\w.,·−|-]+", answer)) <= 12, answer
+    assert len(rows) > 12
+
+
+@pytest.mark.parametrize("beta, progress, even", [(1, 0.889, 1.625), (20, 0.422, 3.424)])
+def test_numbers_of_the_bandit(results, beta, progress, even):
+    bandit = results.bandit
+    assert bandit.efficiency(0.9, beta) == pytest.approx(progress, abs=5e-4)
+    assert bandit.break_even(0.9, beta) == pytest.approx(even, abs=5e-4)
+    assert bandit.efficiency(0.9, beta, bandit.break_even(0.9, beta)) == pytest.approx(1)
+    for pi in np.linspace(0.51, 0.99, 25):
+        assert bandit.efficiency(pi, beta) < 1 == pytest.approx(bandit.efficiency(pi, 0))
+
+
+@pytest.mark.parametrize("noise", [(0.0, 0.0), (3.0, 3.0), (0.5, 2.0)])
+def test_the_bandit_has_the_gradients_of_the_script(results, noise):
+    """All arms and all rewards, each with its probability; noise is one of two values."""
+    pi, means = 0.9, (0.1, -0.9)  # of the likely arm; advantages, which differ by 1
+
+    def progress(alpha: float, beta: float) -> float:
+        args = sa2c_atari.Args(alpha=alpha, beta=beta)
+        mean = square = 0.0
+        for arm, sign in itertools.product((0, 1), (-1, 1)):
+            logit = torch.tensor(pi, dtype=torch.float64).logit().requires_grad_()
+            logprob = torch.stack([logit, 0 * logit]).log_softmax(0)[[arm]]
+            advantage = torch.tensor([means[arm] + sign * noise[arm]], dtype=torch.float64)
+            loss = sa2c_atari.symmetric_a2c_loss(logprob, advantage, args)[0]
+            (gradient,) = torch.autograd.grad(loss, logit)
+            mean += (pi, 1 - pi)[arm] / 2 * gradient
+            square += (pi, 1 - pi)[arm] / 2 * gradient**2
+        return (mean**2 / square).item()
+
+    likely, rare = (mean**2 + size**2 for mean, size in zip(means, noise))
+    for beta in results.bandit.BETAS:
+        expected = results.bandit.efficiency(pi, beta, rare / likely)
+        assert progress(0.5, beta) / progress(1, 0) == pytest.approx(expected)
