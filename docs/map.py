@@ -20,13 +20,14 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart; and what 
     "acts": ("#E69F00", "acts in the environment"),
     "computes": ("#0072B2", "computes, and changes nothing"),
     "learns": ("#009E73", "changes the network"),
-    "looks": ("#CC79A7", "looks and saves, learns nothing"),
+    "looks": ("#CC79A7", "looks, and learns nothing"),
 }
 STYLE = """\
-text { font: 12.5px Arial, Helvetica, 'DejaVu Sans', sans-serif; fill: #222 }
+text { font-family: Arial, Helvetica, 'DejaVu Sans', sans-serif; font-size: 12.5px; fill: #222 }
 .title { font-size: 18px; font-weight: bold }
-.code { font: bold 13px Menlo, Consolas, 'DejaVu Sans Mono', monospace }
-.shape { font: 11px Menlo, Consolas, 'DejaVu Sans Mono', monospace }
+.code, .shape { font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace }
+.code { font-size: 13px; font-weight: bold }
+.shape { font-size: 11px }
 .equation { font-size: 14px }
 .sub { font-size: 11px }
 .arrow { fill: none; stroke: #555; stroke-width: 1.6 }"""
@@ -62,20 +63,27 @@ def flow(args: sppo_continuous.Args) -> list:
     minibatch = Box(
         "computes",
         "minibatch_loss",
-        "loss = policy loss − ent_coef · entropy",
-        ["       + vf_coef · (value − returns)²"],
+        "",
+        [
+            "loss = policy loss − ent_coef · entropy",
+            "           + vf_coef · (value − returns)²",
+        ],
         [
             Box("computes", "normalize", "", ["A ← (A − mean) / standard deviation"]),
-            "advantage (M,)",
-            Box("computes", "BinnedAgent.forward", "the network, with its present weights"),
-            "logprob (M, D)   entropy, value (M,)",
+            "obs (M, obs_dim)   action (M, D)",
+            Box(
+                "computes",
+                "BinnedAgent.forward",
+                "gives logprob (M, D); entropy and value (M,)",
+            ),
+            "logprob, old_logprob (M, D)   advantage (M,)",
             loss,
         ],
     )
     update = Box(
         "learns",
         "update",
-        f"{epochs} epochs of {count} minibatches; after each one step of Adam",
+        f"{epochs} epochs of {count} minibatches; Adam after each",
         [],
         [
             "obs (M, obs_dim)   action, old_logprob (M, D)\nadvantage, returns (M,)",
@@ -115,6 +123,12 @@ def flow(args: sppo_continuous.Args) -> list:
             ["score = mean of the raw returns (eval_episodes,)"],
         ),
     ]
+
+
+def pale(colour: str) -> str:
+    """A colour mixed with white, for what text stands on."""
+    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(0.12 * c + 0.88 * 255):02X}" for c in channels)
 
 
 class Drawing:
@@ -169,7 +183,7 @@ class Drawing:
                 self.box(part, depth + 1)
         self.y += 8 if box.calls else 2
         frame = f'x="{x:g}" y="{top:g}" width="{width:g}" height="{self.y - top:g}" rx="7"'
-        paint = f'fill="{colour}" fill-opacity="0.13" stroke="{colour}" stroke-width="1.8"'
+        paint = f'fill="{pale(colour)}" stroke="{colour}" stroke-width="1.8"'
         self.elements.insert(place, f"<rect {frame} {paint}/>")
 
 
@@ -195,7 +209,7 @@ def draw(args: sppo_continuous.Args) -> str:
     drawing.y += 8
     for colour, meaning in COLOURS.values():
         square = f'x="26" y="{drawing.y + 2:g}" width="12" height="12"'
-        drawing.add(f'<rect {square} fill="{colour}" fill-opacity="0.4" stroke="{colour}"/>')
+        drawing.add(f'<rect {square} fill="{pale(colour)}" stroke="{colour}"/>')
         drawing.text(46, meaning, "text")
     drawing.text(26, "The line on the left: the next iteration acts with", "text")
     drawing.text(26, "the weights that this one has learnt.", "text")

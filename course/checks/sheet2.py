@@ -15,7 +15,7 @@ import numpy as np
 from checks import ROOT, SCRIPT, patched, report
 
 FOLDER = ROOT / "runs" / "sheet2"
-FLAGS = "--env-id Pendulum-v1 --total-timesteps 61440"
+FLAGS = "--env-id Pendulum-v1 --total-timesteps 40960"
 EVALUATIONS = {True: "--eval-interval 2048 --eval-episodes 10", False: ""}
 
 # Where the copies differ from the script: (text of the script, text of the copy).
