@@ -1,34 +1,31 @@
 """A comparison over many runs as one command, from a file that says which runs and why.
 
     python studies/study.py run smoke --workers 2     # each method, environment, condition and seed
-    python studies/study.py collect smoke             # what they logged, as two tables
-    python studies/study.py report smoke              # what it says: Markdown and figures
+    python studies/study.py collect smoke             # what they logged, as tables
+    python studies/study.py report smoke              # what they say: Markdown and a figure
 
 A run is the real script in a folder of its own, study_runs/STUDY/RUN/, and is finished once its
 done.json lies there. However a study ends, its scripts end with it, and the same command goes on.
 """
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
-from study_file import Cell, Study, StudyError, check_flags, load
-from study_results import collect, commands, key_of, read_table
+from study_file import Cell, Study, StudyError, load
+from study_results import collect, commands, read_table
 from study_run import finished, run_here, run_on_ray
 from tqdm import tqdm
 
 
 def run(study: Study, folder: Path, args: argparse.Namespace) -> int:
     """Runs what is not finished; returns the exit status."""
-    check_flags(study)
-    rows = read_table(args.results, "runs") if args.results else []
+    rows = read_table(args.results, "runs") if args.results else {}
     if args.results and not rows:
         raise StudyError(f"{args.results} holds no runs")
-    tabled = {key_of(row) for row in rows}
 
     def done(cell: Cell) -> bool:
-        return cell.key in tabled or finished(folder / cell.name) is not None
+        return cell.key in rows or finished(folder / cell.name) is not None
 
     for pilots in (True, False):  # these first: others' flags depend on them
         asked = commands(study, folder, rows)
@@ -37,8 +34,7 @@ def run(study: Study, folder: Path, args: argparse.Namespace) -> int:
         if args.dry_run:
             for cell in cells:
                 print(f"to do {cell.name}: {asked[cell.key] or 'its flags wait for pilots'}")
-            continue
-        if not jobs:
+        if args.dry_run or not jobs:
             continue
         if args.ray:
             results = run_on_ray(jobs, folder, args.ray, args.threads, args.gpus_per_run)
@@ -69,8 +65,6 @@ def read_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.workers, args.threads) < 1 or args.gpus_per_run < 0:
         raise StudyError("--workers and --threads must be at least 1, --gpus-per-run 0")
-    if args.ray and not importlib.util.find_spec("ray"):
-        raise StudyError("--ray needs Ray here and on every machine: pip install ray==2.60.0")
     return args
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pandas as pd
-from study_file import KEY, Study, StudyError
+from study_file import KEY, SCORES, Study, StudyError
 from study_run import checkpoint_of, finished, write_whole
 
 TAGS = {
@@ -25,37 +25,38 @@ COLUMNS = {
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All points of a run's TensorBoard files, (step, value) by tag. A resumed run has several
-    files; from the first step of one on, it counts instead of those that begin earlier."""
+    files; where two hold a step, that which begins later counts. Their names go by clocks."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow
 
     parts = []
-    for path in checkpoint_of(folder).parent.glob("events.out.tfevents.*"):
+    for path in folder.glob("runs/*/events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
         steps = [point.step for points in tags.values() for point in points]
         if steps:
             parts.append((min(steps), max(steps), tags))
-    merged = {}
-    for first, _, tags in sorted(parts, key=lambda part: part[:2]):  # names go by clocks
-        for tag in merged:
-            merged[tag] = [(step, value) for step, value in merged[tag] if step < first]
+    merged = defaultdict(dict)
+    for *_, tags in sorted(parts, key=lambda part: part[:2]):
         for tag, points in tags.items():
-            merged.setdefault(tag, []).extend((point.step, point.value) for point in points)
-    return merged
+            merged[tag].update({point.step: point.value for point in points})
+    return {tag: sorted(points.items()) for tag, points in merged.items()}
 
 
-def means(points: dict[str, list[tuple[int, float]]]) -> dict[str, float]:
-    logged = {name: [value for _, value in points.get(tag, [])] for name, tag in TAGS.items()}
-    return {name: np.mean(values) if values else np.nan for name, values in logged.items()}
+def logged(points: dict[str, list[tuple[int, float]]]) -> dict[str, float]:
+    """The mean of all that a run logged under each of TAGS."""
+    values = {name: [value for _, value in points.get(tag, [])] for name, tag in TAGS.items()}
+    return {name: np.mean(x) if x else np.nan for name, x in values.items()}
 
 
-def read_table(results: Path, name: str) -> list[dict]:
-    """Its rows as they are written, all text."""
+def read_table(results: Path, name: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """Its rows as they are written, by what they have of KEY; none if there is no such table."""
     path = results / f"{name}.csv"
-    if not path.exists():
-        return []
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    return table[COLUMNS[name]].to_dict("records")
+    rows = defaultdict(list)
+    if path.exists():
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        for row in table[COLUMNS[name]].to_dict("records"):
+            rows[tuple(row[column] for column in KEY if column in row)].append(row)
+    return rows
 
 
 def write_table(results: Path, name: str, rows: list[dict]) -> None:
@@ -64,25 +65,20 @@ def write_table(results: Path, name: str, rows: list[dict]) -> None:
     write_whole(results / f"{name}.csv", text.encode())
 
 
-def key_of(row: dict) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEY)
-
-
-def commands(study: Study, folder: Path, rows: list[dict]) -> dict[tuple, str | None]:
+def commands(study: Study, folder: Path, rows: dict) -> dict[tuple, str | None]:
     """The commands of a study's cells, by key; None where pilots are not finished. Raises
     StudyError where a row of a table, or a run in its folder, has another command."""
-    table = {key_of(row): row for row in rows}
     pilots = defaultdict(list)  # their mean weights, by method, environment and condition
     for cell in [cell for cell in study.cells if cell.pilot]:
         weight = np.nan
-        if cell.key in table:
-            weight = float(table[cell.key]["mean_weight"])
+        if cell.key in rows:
+            weight = float(rows[cell.key][0]["mean_weight"])
         elif finished(folder / cell.name):
-            weight = float(f"{means(scalars(folder / cell.name))['mean_weight']:.7g}")
+            weight = float(f"{logged(scalars(folder / cell.name))['mean_weight']:.7g}")
         pilots[cell.key[:3]].append(weight)
     weights = {case: f"{np.mean(x):.4g}" for case, x in pilots.items() if np.isfinite(x).all()}
     asked = {cell.key: cell.command(weights) for cell in study.cells}
-    for key, row in table.items():
+    for key, (row,) in rows.items():
         if row["command"] != asked.get(key):
             raise StudyError(f"the tables hold a run that is not of this study: {row['command']}")
     for cell in study.cells:
@@ -93,72 +89,56 @@ def commands(study: Study, folder: Path, rows: list[dict]) -> dict[tuple, str | 
     return asked
 
 
-def run_row(folder: Path, points: dict, score: str) -> dict:
-    """Of a finished run, as far as its files tell it."""
-    record = finished(folder)
-    steps, values = zip(*points.get("eval/episodic_return", [(1, np.nan)]))
-    if record["steps"] != steps[-1] - 1:
-        steps = f"{record['steps']:,} steps, its event files of {steps[-1] - 1:,}"
-        raise StudyError(f"{folder}: done.json tells of {steps}")
-    row = {"steps": steps[-1] - 1, "score": values[-1] if score == "last" else np.mean(values)}
-    return row | means(points) | {"command": record["command"]}
-
-
 def collect(study: Study, folder: Path, results: Path) -> None:
-    """Adds to the tables a row for each finished run, and one for each evaluation, of runs under
-    way, too. Rows of runs whose folders are not here stay."""
-    tables = {name: read_table(results, name) for name in ("evaluations", "runs")}
-    commands(study, folder, tables["runs"])
+    """Writes the tables of all finished runs. Rows of those whose folders are not here stay."""
+    evaluations, runs, random = (read_table(results, name) for name in COLUMNS)
+    commands(study, folder, runs)
     for cell in study.cells:
         place = folder / cell.name
-        if checkpoint_of(place):
-            points = scalars(place)
+        if finished(place):
             key = dict(zip(KEY, cell.key))
-            for name, rows in tables.items():
-                tables[name] = [row for row in rows if key_of(row) != cell.key]
-            for step, score in points.get("eval/episodic_return", []):  # logged a step later
-                tables["evaluations"].append(key | {"step": step - 1, "score": score})
-            if finished(place):
-                tables["runs"].append(key | run_row(place, points, study.score))
-    order = {cell.key: i for i, cell in enumerate(study.cells)}
-    for name, rows in tables.items():  # in this order: each run has its evaluations
-        known = [row for row in rows if key_of(row) in order]
-        write_table(results, name, sorted(known, key=lambda row: order[key_of(row)]))
-    random_scores(study, results)
-    counts = f"{len(tables['runs'])} of {len(study.cells)} runs"
-    print(f"{counts} and {len(tables['evaluations'])} evaluations in {results}")
-
-
-def random_scores(study: Study, results: Path) -> None:
-    """Adds the environments whose uniform policy was not played yet, 100 episodes each."""
-    rows = read_table(results, "random")
+            run, curve = rows_of(place, study.score)
+            evaluations[cell.key] = [key | {"step": step, "score": x} for step, x in curve]
+            runs[cell.key] = [key | run]
     for env_id in study.environments:
-        if all(row["environment"] != env_id for row in rows):
+        if (env_id,) not in random:
             returns = play_uniformly(env_id, 100)
-            numbers = {"mean": np.mean(returns), "std": np.std(returns)}
-            rows.append({"environment": env_id, "episodes": 100} | numbers)
-    write_table(results, "random", rows)
+            row = {"environment": env_id, "episodes": 100}
+            random[env_id,] = [row | {"mean": np.mean(returns), "std": np.std(returns)}]
+    order = [cell.key for cell in study.cells]
+    write_table(results, "evaluations", [row for key in order for row in evaluations[key]])
+    write_table(results, "runs", [row for key in order for row in runs[key]])  # has its evaluations
+    write_table(results, "random", [row for rows in random.values() for row in rows])
+    print(f"{sum(map(len, runs.values()))} of {len(order)} runs in {results}")
+
+
+def rows_of(folder: Path, score: str) -> tuple[dict, list[tuple[int, float]]]:
+    """What the tables say of a finished run: its row, and (step, score) of its evaluations.
+    StudyError: its event files end before it did."""
+    record = finished(folder)
+    points = scalars(folder)
+    curve = [(step - 1, x) for step, x in points.get("eval/episodic_return", [(1, np.nan)])]
+    if record["steps"] != curve[-1][0]:
+        steps = f"{record['steps']:,} steps, its event files of {curve[-1][0]:,}"
+        raise StudyError(f"{folder}: done.json tells of {steps}")
+    score = np.mean([x for _, x in curve[SCORES[score]]])
+    run = {"steps": record["steps"], "score": score, "command": record["command"]}
+    return run | logged(points), curve
 
 
 def play_uniformly(env_id: str, episodes: int) -> list[float]:
-    """Raw returns of the uniform policy; always the same episodes, of 100,000 steps at most."""
+    """Raw returns of the uniform policy; always the same episodes."""
     sys.path.append(os.getcwd())  # for environments of one's own
     options = {}
     if env_id.startswith("ALE/"):
         import ale_py  # noqa: F401  (registers games)
 
         options = {"frameskip": 4, "repeat_action_probability": 0}
-    env = gym.make(env_id, **options)
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **options), episodes)
     env.action_space.seed(0)
     env.reset(seed=0)
-    returns = []
-    for _ in range(episodes):
-        score = 0.0
-        for _ in range(100_000):
-            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            score += np.asarray(reward).item()
-            if terminated or truncated:
-                break
-        returns.append(score)
-        env.reset()
-    return returns
+    while env.episode_count < episodes:
+        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            env.reset()
+    return list(env.return_queue)

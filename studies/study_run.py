@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORE = re.compile(r"^score at (\d+) steps: (\S+) ", re.MULTILINE)
-MAX_RETRIES = 10  # of a run whose machine Ray has lost
 
 # Runs a script that ends with the study: however the study ends, the pipe to the script closes.
 LAUNCH = """
@@ -125,8 +124,6 @@ def run_away(caller, name: str, command: str, script: str, source: bytes, thread
     with tempfile.TemporaryDirectory() as place:
         here = Folders(Path(place))
         here.write(name, ray.get(caller.read.remote(name)))
-        if finished(here.path / name):  # by a task that was lost between its work and its end
-            return ""
         here.write("", {script: source})
 
         def save() -> None:
@@ -147,7 +144,7 @@ def run_on_ray(jobs: dict[str, str], folder: Path, address: str, threads: int, g
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     caller = ray.remote(Folders).options(num_cpus=0, scheduling_strategy=here)
     caller = caller.remote(folder.resolve())
-    options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": MAX_RETRIES}
+    options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": 10}  # where a machine is lost
     if not gpus:  # otherwise every run would see all of them
         options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     task = ray.remote(run_away).options(**options)
