@@ -2,11 +2,11 @@
 
     python docs/results.py
 
-A table lies between <!-- NAME --> and <!-- end -->, a number in a sentence between <!--NAME--> and
-<!--/-->. All follow from the committed tables, which `studies/study.py collect` and the commands
-in benchmark/ wrote. Nothing learns here.
+What it writes stands between <!--NAME--> and <!--/-->. All of it follows from the committed tables,
+which `studies/study.py collect` and the commands in benchmark/ wrote. Nothing learns here.
 """
 
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -120,9 +120,9 @@ def percent(row, sign: int = 1) -> str:
 
 
 def bound(rows: pd.DataFrame) -> int:
-    """The largest gain that is not excluded, in percent. A claim about the largest of several
-    effects needs no correction for their number: whichever it is, its own bound holds."""
-    return max(0, round(100 * rows.upper.max()))
+    """The largest gain that is not excluded, in percent, rounded up. A claim about the largest of
+    several effects needs no correction for their number: whichever it is, its own bound holds."""
+    return max(0, math.ceil(100 * rows.upper.max()))
 
 
 def answer(rows: pd.DataFrame, note: str = "") -> str:
@@ -182,18 +182,17 @@ def up_n_down(games: report.Results) -> pd.DataFrame:
     return pd.DataFrame([dict(task="UpNDown", label="UpNDown") | compare(*scores)])
 
 
-def long_game() -> str:
-    """What the finished runs at the paper's length say."""
+def long_runs() -> pd.DataFrame:
+    """Final scores on UpNDown at the paper's length (seeds, methods)."""
     runs = pd.read_csv(RESULTS / "robustness_atari" / "runs.csv")
-    runs = runs.pivot(index="seed", columns="method", values="score").dropna()
-    scores = " against ".join(f"{runs[x].mean():,.0f}" for x in ("SPPO", "PPO"))
-    return f"open ({len(runs)} seed{'s' * (len(runs) > 1)} each: {scores})"
+    return runs.pivot(index="seed", columns="method", values="score").dropna()
 
 
-def wrong_signs(results: report.Results, env_id: str, clean: str) -> str:
+def wrong_signs(results: report.Results, env_id: str) -> str:
     """What three wrong signs in ten cost PPO."""
     unit = results.reference[env_id] - results.random[env_id]
-    row = compare(*(results.of("PPO", env_id, x) / unit for x in (clean, "flips 0.3")))
+    conditions = (results.study.clean, "flips 0.3")
+    row = compare(*(results.of("PPO", env_id, at) / unit for at in conditions))
     word = f"loss of {round(100 * row['value'])} %" if row["low"] > 0 else "none"
     return f"{word} on {NAMES[env_id]}"
 
@@ -204,11 +203,11 @@ def head(found: pd.DataFrame, folder: str = "") -> str:
     cases = [("learns faster", clean), ("ends higher", clean), ("ends higher", noisy)]
     speed, end, noisy_end = (bound(of(found, SPPO, *case)) for case in cases)
     return f"""\
-- **Proved:** SPPO, as its authors released it, has PPO's policy gradient times the constant
-  α + β|Z| ([derivation]({folder}symmetric_loss.md)).
-- **Excluded**, in short runs on three control tasks, at the released β, with 95 % confidence each:
-  SPPO gains more than {speed} % in speed or {end} % at the end, or more than {noisy_end} % at the
-  end where rewards are noisy.
+- **Proved:** SPPO, as its authors released it, has exactly PPO's policy gradient, times a constant
+  of its settings, α + β|Z| ([derivation]({folder}symmetric_loss.md)).
+- **Excluded**, in short runs on three control tasks, at the released β and with 95 % confidence
+  each: SPPO gains more than {speed} % in speed, {end} % at the end, or {noisy_end} % at the end
+  where rewards are noisy.
 - **Open:** nobody knows whether SPPO gains in long games, or in speed on LunarLander with noise,
   nor whether weights on samples help, which SA2C has and released SPPO has not."""
 
@@ -220,52 +219,63 @@ def verdicts(found: pd.DataFrame) -> str:
     return f"{head(found, 'docs/')}\n\n{figure}"
 
 
-def claims(found: pd.DataFrame, rest: list[list[str]]) -> str:
+def claims(found: pd.DataFrame, studies: dict, games: pd.DataFrame, rewards: pd.DataFrame) -> str:
     """Claim, answer, and where there is more."""
-    factor = "[proof](symmetric_loss.md#released-sppo-a-constant-factor)"
+    gradient = "[proof](symmetric_loss.md#released-sppo-a-constant-factor)"
     knobs = "[proof](symmetric_loss.md#what-α-β-and-z-can-change)"
+    control = "[control](#control-and-noise)"
+    weights = "[weights](#weights-on-samples)"
+    lengths = "[games](#games-and-lengths)"
     rows = [
-        ["SPPO is PPO with a larger policy loss", r"by algebra: its factor is α + β\|Z\|", factor],
+        ["SPPO is PPO with a larger policy loss", r"by algebra: times α + β\|Z\|", gradient],
         ["Z = −1 is a good choice", "by algebra: only β·Z matters", knobs],
         ["SPPO depends less on α and β", "by algebra: as PPO does on its factor", knobs],
     ]
-    subjects = {
-        SPPO: ("SPPO", "[control](#control-and-noise)"),
-        PLAIN: ("plain form", "[weights](#weights-on-samples)"),
-        SA2C: ("SA2C", "[weights](#weights-on-samples)"),
-    }
-    cases = found.groupby(["comparison", "outcome", "noise"], sort=False)
-    for (comparison, outcome, noise), estimates in cases:
-        subject, link = subjects[comparison]
-        note = ", found after looking" * (comparison == PLAIN)
-        rows.append([f"{subject} {outcome}, {noise}", answer(estimates, note), link])
-    return report.table(["claim", "answer", "more"], rows + rest)
+    subjects = {SPPO: ("SPPO", control), PLAIN: ("plain form", weights), SA2C: ("SA2C", weights)}
+    for case, estimates in found.groupby(["comparison", "outcome", "noise"], sort=False):
+        subject, link = subjects[case[0]]
+        note = ", found after looking" * (case[0] == PLAIN)
+        rows.append([f"{subject} {case[1]}, {case[2]}", answer(estimates, note), link])
+    signs = [
+        wrong_signs(studies["z_values"], "InvertedDoublePendulum-v5"),
+        wrong_signs(studies["cartpole_noise"], "CartPole-v1"),
+    ]
+    long = long_runs()
+    long_text = f"{len(long)} seed each: {long.SPPO.mean():,.0f} against {long.PPO.mean():,.0f}"
+    rows += [
+        ["SPPO loses less by noise", "gain on the pendulum: a floor effect", control],
+        ["wrong signs harm PPO", ", ".join(signs), control],
+        ["SA2C ends higher in a game", answer(games.loc[["equal"]]), lengths],
+        ["SPPO ends higher in a long game", f"open ({long_text})", lengths],
+        ["SPPO helps with wrong reward models", answer(rewards), "[language](language_models.md)"],
+    ]
+    return report.table(["claim", "answer", "more"], rows)
 
 
 def sa2c_text(results: report.Results | None) -> str:
-    """Where to see SA2C on control tasks, once there are runs of it."""
+    """SA2C on control tasks, once there are runs of it."""
     if results is None:
-        return "Nobody has run the study of SA2C on control, [sa2c](../studies/sa2c.toml), yet."
-    seeds = sorted({len(runs) for runs in results.cases.values()})
+        return "SA2C's study on control tasks, [sa2c](../studies/sa2c.toml), has no results yet."
+    report_at = "../studies/results/sa2c/report.md"
     return f"""\
 <img src="figures/sa2c.png" width="700" alt="SA2C beside A2C with its mean weight: differences">
 
-SA2C, {seeds[0]} seeds, 98,304 steps ([report](../studies/results/sa2c/report.md))."""
+SA2C, {results.runs.steps.max():,} steps, with default weights ([report]({report_at}))."""
 
 
 def choices(studies: dict[str, report.Results], more: dict[str, report.Results]) -> str:
     """What each choice that was made after results had been seen would change."""
     variants = [
-        ("as on this page", studies, Rules()),
-        ("end: last evaluation alone", studies, Rules(last=1)),
+        ("this page", studies, Rules()),
+        ("last evaluation alone", studies, Rules(last=1)),
         ("weaker noise alone", studies, Rules(levels=(0,))),
         ("stronger noise alone", studies, Rules(levels=(1,))),
         ("unpaired (Welch)", studies, Rules(paired=False)),
         ("corrected for three tasks", studies, Rules(error=0.05 / 3)),
         ("first 15 seeds", studies, Rules(seeds=FIRST)),
         ("ten added seeds", studies, Rules(seeds=range(16, 26))),
-        ("without an outlier, seed 12", studies, Rules(seeds={*range(1, 26)} - {12})),
-        ("four more tasks, five seeds", studies | more, Rules()),
+        ("without outlier seed 12", studies, Rules(seeds={*range(1, 26)} - {12})),
+        ("four more tasks", studies | more, Rules()),
     ]
     rows = []
     for text, chosen, rules in variants:
@@ -298,6 +308,8 @@ def numbers(found: pd.DataFrame, calm: report.Results, grid: dict, games: pd.Dat
     gaussian = calm.differences[(calm.differences.b == "PPO") & (calm.differences.of == "score")]
     weights = calm.runs[(calm.runs.environment == lander) & (calm.runs.condition == "noise 0")]
     weights = weights.groupby("method").mean_weight.mean()
+    long = long_runs().mean()
+    paper = figures.THE_PAPER_S
     listed = pd.concat([pd.read_csv(x) for x in sorted(RESULTS.glob("*/runs.csv"))]).command
     plain = grid["the pendulum"].query("method == 'plain form'").groupby("ratio").score.mean()
     slower = of(found, SPPO, "learns faster", "without noise", "the pendulum").iloc[0]
@@ -319,6 +331,8 @@ def numbers(found: pd.DataFrame, calm: report.Results, grid: dict, games: pd.Dat
         "default": percent(games.loc["default"], -1),
         "mean": percent(games.loc["mean"], -1),
         "equal": percent(games.loc["equal"]),
+        "ratio": f"{long['SPPO'] / long['PPO']:.1f}",
+        "paper_ratio": f"{paper['SPPO'] / paper['PPO']:.1f}",
         "listed": f"{len(listed):,}",
         "distinct": f"{listed.nunique():,}",
         "control_weight": f"{weights['DPPO mean weight']:.2f}",
@@ -330,15 +344,13 @@ def numbers(found: pd.DataFrame, calm: report.Results, grid: dict, games: pd.Dat
     return texts
 
 
-def fill(page: str, blocks: dict[str, str], texts: dict[str, str]) -> str:
-    """The page with each table and each number in its place; minus signs are real ones."""
+def fill(page: str, texts: dict[str, str]) -> str:
+    """The page with each text in its place; minus signs are real ones."""
 
     def put(found: re.Match) -> str:
-        text = f"{blocks[found[2]]}\n" if found[2] in blocks else texts[found[2]]
-        return found[1] + re.sub(r"(?<![\w`-])-(?=\d)", "−", text) + found[3]
+        return found[1] + re.sub(r"(?<![\w`-])-(?=\d)", "−", texts[found[2]]) + found[3]
 
-    page = re.sub(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", put, page, flags=re.DOTALL)
-    return re.sub(r"(<!--(\w+)-->).*?(<!--/-->)", put, page)
+    return re.sub(r"(<!-- ?(\w+) ?-->).*?(<!-- ?(?:/|end) ?-->)", put, page, flags=re.DOTALL)
 
 
 def load_studies() -> dict[str, report.Results]:
@@ -360,45 +372,31 @@ def main() -> None:
     sa2c = effects({"sa2c": studies["sa2c"]}) if "sa2c" in studies else pd.DataFrame()
     grid = figures.factor(studies["alpha_beta_grid"], [*control.values()], NAMES)
     games = kung_fu()
-    short = up_n_down(studies["beta_atari"])
-    texts = language()
-    others = of(effects(longer), "ends higher")
-    others = others.assign(
-        label=others.task + others.noise.map({"with noise": ", noise"}).fillna("")
-    )
-    others = pd.concat([short, games.loc[["equal"]], others, texts])
+    rewards = language()
 
-    control_link, games_link = "[control](#control-and-noise)", "[games](#games-and-lengths)"
-    signs = [
-        wrong_signs(studies["z_values"], "InvertedDoublePendulum-v5", "flips 0"),
-        wrong_signs(studies["cartpole_noise"], "CartPole-v1", "noise 0"),
-    ]
-    rest = [
-        ["SPPO loses less by noise", "gain on the pendulum, but a floor effect", control_link],
-        ["wrong signs harm PPO", ", ".join(signs), control_link],
-        ["SA2C ends higher in a game", answer(games.loc[["equal"]]), games_link],
-        ["SPPO ends higher in a long game", long_game(), games_link],
-        ["SPPO helps with wrong reward models", answer(texts), "[language](language_models.md)"],
-    ]
     blocks = {
         "head": head(found),
         "verdicts": verdicts(found),
-        "claims": claims(pd.concat([found, sa2c]), rest),
+        "claims": claims(pd.concat([found, sa2c]), studies, games, rewards),
         "sa2c": sa2c_text(studies.get("sa2c")),
         "choices": choices(control, longer),
         "baseline": tables.beside_peers(),
     }
-    in_prose = numbers(found, studies["robustness_calm"], grid, games)
+    texts = {name: f"\n{block}\n" for name, block in blocks.items()}
+    texts |= numbers(found, studies["robustness_calm"], grid, games)
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(fill(text, blocks, in_prose), encoding="utf-8")
+        page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
 
+    others = of(effects(longer), "ends higher")
+    noise = others.noise.map({"without noise": "", "with noise": ", noise"})
+    others = others.assign(label=others.task + noise)
+    others = [up_n_down(studies["beta_atari"]), games.loc[["equal"]], others, rewards]
+    game = pd.read_csv(RESULTS / "robustness_atari" / "evaluations.csv")
     figures.use_style()
-    long = pd.read_csv(RESULTS / "robustness_atari" / "evaluations.csv")
     figures.draw_forest(found, {SPPO: ("PPO", "SPPO"), PLAIN: ("control", "plain")}, "forest")
     figures.draw_curves([*control.values()], NAMES)
     figures.draw_factor(grid)
-    figures.draw_lengths(long, others)
+    figures.draw_lengths(game, pd.concat(others))
     bandit.draw()
     if len(sa2c):
         figures.draw_forest(sa2c, {SA2C: ("control", "SA2C")}, "sa2c")
