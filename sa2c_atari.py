@@ -211,7 +211,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1."""
+    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -303,21 +303,21 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
+    """Seeds all generators from these names, so that a resumed run need not have saved them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
 
 
-def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
+def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
     """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
+    torch.save(state | {"args": asdict(args), "step": step}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
+    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -341,7 +341,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
         import wandb
 
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=first_step)  # hides what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides points from there on
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -365,7 +365,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.backends.cudnn.deterministic = True
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    first = checkpoint["iteration"] if checkpoint else 0
+    first = checkpoint["step"] // batch_size if checkpoint else 0
 
     set_seeds(args.seed, "start", first)
     games = Games(args, args.num_envs)
@@ -384,7 +384,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()  # so that no curve ends before its checkpoint
-            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
+            save_checkpoint(run / "checkpoint.pt", args, step, parts)
         if evaluating:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
@@ -425,6 +425,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 if __name__ == "__main__":
     main(*read_flags())
 
+# What `uv run sa2c_atari.py` installs:
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "ale-py==0.12.1",

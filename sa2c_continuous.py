@@ -243,7 +243,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1."""
+    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -335,21 +335,21 @@ def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.n
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
+    """Seeds all generators from these names, so that a resumed run need not have saved them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
 
 
-def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
+def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
     """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
+    torch.save(state | {"args": asdict(args), "step": step}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
+    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -373,7 +373,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
         import wandb
 
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=first_step)  # hides what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides points from there on
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -383,7 +383,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.set_num_threads(args.torch_threads)
     num_iterations = args.total_timesteps // args.num_steps
-    first = checkpoint["iteration"] if checkpoint else 0
+    first = checkpoint["step"] // args.num_steps if checkpoint else 0
 
     set_seeds(args.seed, "start", first)
     env = Environment(make_env(args.env_id), args.gamma)
@@ -403,7 +403,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
             writer.flush()  # so that no curve ends before its checkpoint
-            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
+            save_checkpoint(run / "checkpoint.pt", args, step, parts)
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
@@ -440,6 +440,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 if __name__ == "__main__":
     main(*read_flags())
 
+# What `uv run sa2c_continuous.py` installs:
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "mujoco==4.0.0",

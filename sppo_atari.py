@@ -3,17 +3,18 @@
 π is the probability of the action taken, π_old when it was taken, r = π / π_old, A the advantage:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
-    reverse = -m · A · Z · (1 - π) / π_old      -Z · (1 - π) is a reverse cross-entropy, see below
+    reverse = -m · A · Z · (1 - π) / π_old      m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
 
-Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. The reverse one
-swaps p and π, and with Z < 0 for log 0 is -Z · (1 - π). It is to help against noisy rewards. m is
-1 where `forward` has a gradient, else 0.
+Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. Reverse
+cross-entropy is -Σ_b π(b) log p(b): as log 1 is 0 and Z < 0 replaces log 0, it is -Z · (1 - π). A
+symmetric loss adds both, here with PPO's term as the first. The paper means it to help against
+noisy rewards.
 
 α = 1, β = 0 is PPO. As ∇π = π ∇log π, the gradient of `forward` is -m · A · r · ∇log π and that
-of `reverse` |Z| times as large, together α + β|Z| times: a larger policy loss, and no more. So
-`--alpha 1.5 --beta 0` trains like the defaults. Without the division by π_old the factor is
-α + β|Z|π_old instead (`--no-importance-weighted-reverse`).
+of `reverse` |Z| times as large. So whatever the noise, SPPO is PPO with a policy loss α + β|Z|
+times as large: `--alpha 1.5 --beta 0` trains like the defaults. Without the division by π_old the
+factor is α + β|Z|π_old, a weight on each sample (`--no-importance-weighted-reverse`).
 
 One iteration:
     1. play `num_envs` games for `num_steps` steps                  collect
@@ -24,7 +25,6 @@ Left out: a clipped value loss (the released code has none either); the value of
 off after half an hour (they count as over); saving games (a resumed run starts new ones).
 
     python sppo_atari.py --env-id ALE/Breakout-v5 --reward-noise 0.1
-    python sppo_atari.py --resume runs/<run>
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class Args:
     Z: float = -1.0  # stands in for log 0, negative; it matters only through beta * Z
     importance_weighted_reverse: bool = True  # divide the reverse term by the old probability
     # noise that the learner sees; reported scores are clean
-    reward_noise: float = 0.0  # probability that a reward (-1, 0 or 1) becomes 1 - reward
+    reward_noise: float = 0.0  # probability that a reward -1, 0 or 1 becomes 2, 1 or 0
     advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
     # the run
     eval_interval: int = 0  # steps between evaluations; 0: only one, after training
@@ -100,10 +100,8 @@ def validate(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     if "game" not in gym.spec(args.env_id).kwargs:
         raise ValueError(f"--env-id {args.env_id} is not an Atari game")
-    if batch_size % args.num_minibatches:
-        raise ValueError(f"--num-minibatches must divide the {batch_size} steps of a batch")
-    if batch_size > args.total_timesteps:
-        raise ValueError(f"--total-timesteps must be at least {batch_size}, one batch")
+    if batch_size % args.num_minibatches or batch_size > args.total_timesteps:
+        raise ValueError(f"--num-minibatches must divide {batch_size}, --total-timesteps hold it")
     if args.Z >= 0 or min(args.alpha, args.beta) < 0:
         raise ValueError("--Z must be negative, --alpha and --beta must not")
     if not all(0 <= noise <= 1 for noise in (args.reward_noise, args.advantage_noise)):
@@ -112,8 +110,8 @@ def validate(args: Args) -> None:
 
 class Games:
     """Atari games side by side, as ale-py preprocesses them: 84×84 greyscale, 4 frames stacked,
-    each action held for 4 frames, up to 29 no-ops at the start. A game that is over starts anew
-    within the same step. The step after a lost life presses FIRE, for which some games wait."""
+    each action held for 4 frames, up to 29 no-ops and FIRE at the start. A game that is over starts
+    anew within the same step. The step after a lost life presses FIRE: some games wait for it."""
 
     def __init__(self, args: Args, num_envs: int):
         self.envs = ale_py.vector_env.AtariVectorEnv(
@@ -183,14 +181,14 @@ class AtariAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper, with the
-    mask m and the division by π_old as in the released code; the form without it is ours."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). The reverse term is the
+    paper's, m and 1/π_old are as in its released code. To leave 1/π_old out is our variant."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: 1 if r·A is the minimum; inside the clip range both are
+    mask = unclipped <= clipped  # m: `min` takes r·A; inside the clip range both are equal
     weight = 1 - logprob.exp()
     if args.importance_weighted_reverse:
         weight = weight / old_logprob.exp()
@@ -209,7 +207,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1."""
+    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -226,8 +224,7 @@ def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
 
 @torch.no_grad()
 def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[dict, list]:
-    """Plays the present policy. Returns tensors (num_steps, num_envs, …) of what happened, and
-    (step, score, length) of the games that ended."""
+    """Plays π. Returns tensors (num_steps, num_envs, …), and (step, score, length) of ended games."""
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
@@ -283,7 +280,7 @@ def update(agent, optimizer, batch, clip_coef, args: Args, loss_function=minibat
     parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
-        inds = torch.randperm(len(batch[0]))
+        inds = torch.randperm(len(batch[0]))  # shuffles; the last minibatch may be smaller
         minibatches = zip(*(x[inds].chunk(args.num_minibatches) for x in batch))
         for obs, action, old_logprob, advantage, returns in minibatches:
             advantage = flip_signs(advantage, args.advantage_noise)
@@ -317,21 +314,21 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
+    """Seeds all generators from these names, so that a resumed run need not have saved them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
 
 
-def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
+def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
     """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
+    torch.save(state | {"args": asdict(args), "step": step}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
+    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -355,7 +352,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
         import wandb
 
         wandb.init(id=run.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=first_step)  # hides what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides points from there on
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -363,11 +360,11 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Nothing about the algorithm: speed where cores are few. Freed memory stays with the
-    process, waking threads wait their turn, and (GOMP_SPINCOUNT, above) idle ones sleep early."""
+    """Nothing about the algorithm: speed where cores are few. Freed memory stays with the process,
+    a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT, above)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap, too
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: it keeps what is freed
         with contextlib.suppress(OSError):  # some sandboxes refuse
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
@@ -379,9 +376,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     torch.backends.cudnn.deterministic = True
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    first = checkpoint["iteration"] if checkpoint else 0
+    first = checkpoint["step"] // batch_size if checkpoint else 0
 
-    set_seeds(args.seed, "start", first)
+    set_seeds(args.seed, "start", first)  # a resumed run starts games of its own
     games = Games(args, args.num_envs)
     agent = AtariAgent(len(games.actions)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -399,12 +396,13 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()  # so that no curve ends before its checkpoint
-            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
+            save_checkpoint(run / "checkpoint.pt", args, step, parts)
         if evaluating:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
+            # + 1: a resumed run evaluates again, and `purge_step` must hide this point
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
 
@@ -424,7 +422,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # drops forced FIREs, which begin an episode
+        # Flattens. π did not choose a forced FIRE; it begins an episode, so no other A contains it.
+        batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, clip_coef, args, loss_function)
 
         logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
@@ -443,6 +442,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 if __name__ == "__main__":
     main(*read_flags())
 
+# What `uv run sppo_atari.py` installs:
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "ale-py==0.12.1",

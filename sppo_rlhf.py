@@ -300,7 +300,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1."""
+    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -438,16 +438,16 @@ def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[st
 
 
 def set_seeds(*names) -> None:
-    """Seeds the generators from these names: a resumed iteration draws the same numbers."""
+    """Seeds all generators from these names, so that a resumed run need not have saved them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
 
 
-def save_checkpoint(path: Path, args: Args, iteration: int, parts: dict) -> None:
+def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
     """Whenever the run is killed, `path` is a whole file: the old one or the new one."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save(state | {"args": asdict(args), "iteration": iteration}, path.with_suffix(".tmp"))
+    torch.save(state | {"args": asdict(args), "step": step}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -462,7 +462,7 @@ def save_model(folder: Path, agent: LanguageAgent, args: Args) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold unless they are typed anew."""
+    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
     args = tyro.cli(Args)
     checkpoint = None
     with refusing(args.resume or ""):
@@ -479,7 +479,7 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
     name = f"{Path(args.model).name}__{Path(__file__).stem}__{args.seed}"
     run = Path(args.resume or f"runs/{name}__{int(time.time() * 1000)}_{os.getpid()}")
     run.mkdir(parents=True, exist_ok=bool(args.resume))
-    writer = SummaryWriter(run, purge_step=first_step)  # drops what came after the checkpoint
+    writer = SummaryWriter(run, purge_step=first_step)  # hides points from there on
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", first_step)
     print(run)
@@ -509,7 +509,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     batch_size = args.batch_size
     num_iterations = args.total_episodes // batch_size
-    done = checkpoint["iteration"] if checkpoint else 0
+    done = checkpoint["step"] // batch_size if checkpoint else 0
 
     set_seeds(args.seed, "start")
     with refusing(args.prompts):
@@ -540,7 +540,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if evaluating or step % args.checkpoint_interval < batch_size:
             writer.flush()
             parts = {"agent": agent, "optimizer": optimizer}
-            save_checkpoint(run / "checkpoint.pt", args, iteration, parts)
+            save_checkpoint(run / "checkpoint.pt", args, step, parts)
             save_model(run / "model", agent, args)
         if evaluating or iteration == 0:
             evaluate(agent, reward, gold, prompts[: args.eval_episodes], args, writer, step)
@@ -573,6 +573,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
 if __name__ == "__main__":
     main(*read_flags())
 
+# What `uv run sppo_rlhf.py` installs:
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "transformers==5.24.0", "peft==0.21.2",

@@ -77,7 +77,7 @@ def kill_often(args: Args, folder: Path) -> Path:
             continue
         saved = read_checkpoint(run)
         age = time.time() - (run / "checkpoint.pt").stat().st_mtime
-        step = saved["iteration"] * batch_size(saved["args"])
+        step = saved["step"]
         print(f"kill {number}: checkpoint of step {step}, {age:.1f} s old", flush=True)
         if step < before:
             raise AssertionError(f"the checkpoint before was of step {before}")
@@ -89,7 +89,7 @@ def kill_often(args: Args, folder: Path) -> Path:
 def finish(args: Args, run: Path, iterations: int = 3) -> dict:
     """Goes on for a few iterations, to the end of the run. The last checkpoint."""
     saved = read_checkpoint(run)
-    end = (saved["iteration"] + iterations) * batch_size(saved["args"])
+    end = saved["step"] + iterations * batch_size(saved["args"])
     flags = f"--resume {run.name} --total-timesteps {end}"
     process = start(args, run.parent, flags)
     process.communicate()
@@ -102,7 +102,7 @@ def check_curves(run: Path, saved: dict) -> None:
     """Each iteration's losses are there, once, and so are evaluations."""
     flags = saved["args"]
     batch = batch_size(flags)
-    end = saved["iteration"] * batch
+    end = saved["step"]
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     log_interval = flags.get("log_interval", 1)
     steps = [point.step for point in events.Scalars("losses/policy_loss")]
@@ -128,7 +128,7 @@ def main(args: Args) -> None:
             if not torch.equal(parameter, again["agent"][name]):
                 raise AssertionError(f"{name} differs between two that go on from one checkpoint")
         check_curves(run, saved)
-        step = saved["iteration"] * batch_size(saved["args"])
+        step = saved["step"]
     print(f"{args.kills} kills, {step} steps: nothing lost, curves whole, two continuations equal")
 
 

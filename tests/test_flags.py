@@ -107,7 +107,7 @@ def test_a_resumed_run_has_its_own_flags_unless_they_are_typed(script, tmp_path,
     flags = ["--resume", str(tmp_path), "--seed", "8"]
     monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
     resumed, checkpoint = script.read_flags()
-    assert (resumed.gamma, resumed.seed, checkpoint["iteration"]) == (0.9, 8, 3)
+    assert (resumed.gamma, resumed.seed, checkpoint["step"]) == (0.9, 8, 3)
 
 
 def test_it_is_refused_by_a_process(tmp_path):

@@ -129,7 +129,7 @@ def test_runs_share_no_game(script, monkeypatch):
         args = script.Args("ALE/Breakout-v5", seed=seed, num_envs=2, num_steps=256)
         for iteration in (0, 1):
             with pytest.raises(Caught) as caught:
-                script.main(args, {"iteration": iteration})
+                script.main(args, {"step": 512 * iteration})
             seeds += caught.value.args[0].tolist()
     assert len(set(seeds)) == len(seeds) == 3 * 2 * 2
     assert 0 <= min(seeds) and 2**30 < max(seeds) < 2**31  # what ale-py takes

@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, tmp_path, monkeypatch):
         save_checkpoint(path, *rest)
         kept.append(path.read_bytes())
         points = scalars(tmp_path).get("losses/value_loss", [(0, None)])
-        assert points[-1][0] == 32 * rest[1]  # is on disk
+        assert points[-1][0] == rest[1]  # is on disk
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "save_checkpoint", watched_save)
@@ -145,9 +145,20 @@ def test_a_complete_run_is_evaluated_again_or_made_longer(script, tmp_path, monk
     resume(script, tmp_path, total_timesteps=160)
     now = scalars(tmp_path)
     assert [step for step, _ in now["losses/value_loss"]] == [32, 64, 96, 128, 160]
-    assert checkpoint_of(tmp_path)["iteration"] == 5
+    assert checkpoint_of(tmp_path)["step"] == 160
     if "obs" in before:
         assert checkpoint_of(tmp_path)["obs"]["count"] > before["obs"]["count"]
+
+
+@EVERY
+def test_steps_are_counted_on_with_another_rollout_length(script, tmp_path, monkeypatch):
+    """From the last checkpoint: at 128 steps, of which two longer rollouts are 64 each."""
+    monkeypatch.chdir(tmp_path)
+    args = make_args(script)
+    script.main(args)
+    resume(script, tmp_path, num_steps=2 * args.num_steps, total_timesteps=256)
+    steps = [step for step, _ in scalars(tmp_path)["losses/value_loss"]]
+    assert steps == [32, 64, 96, 128, 192, 256]
 
 
 # --------------------------------------------------------------------------- what --resume reads
@@ -165,7 +176,7 @@ def test_what_is_typed_replaces_what_was_saved(script, tmp_path, monkeypatch):
     script.save_checkpoint(tmp_path / "checkpoint.pt", stored, 7, {})
     folder = str(tmp_path)
     args, checkpoint = read_flags(script, monkeypatch, "--resume", folder)
-    assert vars(args) == vars(stored) | {"resume": folder} and checkpoint["iteration"] == 7
+    assert vars(args) == vars(stored) | {"resume": folder} and checkpoint["step"] == 7
     args, _ = read_flags(script, monkeypatch, "--resume", folder, "--gamma", "0.99")
     assert vars(args) == vars(stored) | {"resume": folder, "gamma": 0.99}
 
@@ -185,9 +196,9 @@ def test_a_file_that_is_no_checkpoint_ends_in_one_line(script, kind, tmp_path, m
         script.save_checkpoint(path, make_args(script), 7, {"agent": torch.nn.Linear(9, 9)})
         path.write_bytes(path.read_bytes()[:-100])
     elif kind == "another script's":
-        torch.save({"args": {"prompt_length": 5}, "iteration": 7}, path)
+        torch.save({"args": {"prompt_length": 5}, "step": 7}, path)
     elif kind == "harmful":
-        torch.save({"args": {}, "iteration": Payload()}, path)
+        torch.save({"args": {}, "step": Payload()}, path)
     with pytest.raises(SystemExit) as end:
         read_flags(script, monkeypatch, "--resume", ".")
     errors = capsys.readouterr().err

@@ -879,7 +879,7 @@ def test_a_run_can_be_repeated_and_evaluations_do_not_change_it(make, tmp_path):
 def same_checkpoint(run, other):
     """To the bit."""
     saved, expected = checkpoint_of(run), checkpoint_of(other)
-    for key in ("iteration", "agent"):
+    for key in ("step", "agent"):
         torch.testing.assert_close(saved[key], expected[key], rtol=0, atol=0)
     states = (saved["optimizer"]["state"], expected["optimizer"]["state"])
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -915,7 +915,7 @@ def test_a_longer_run_learns_at_the_rate_that_is_typed(make, tmp_path):
     checkpoint = checkpoint_of(run)
     flags = {"resume": str(run), "total_episodes": 40, "learning_rate": 1e-30}
     train(tmp_path, script.Args(**checkpoint["args"] | flags), checkpoint)
-    assert checkpoint_of(run)["iteration"] == 5
+    assert checkpoint_of(run)["step"] == 40
     torch.testing.assert_close(checkpoint_of(run)["agent"], checkpoint["agent"], rtol=0, atol=1e-9)
 
 
@@ -940,14 +940,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(make, tmp_path, monkeypatch)
     )
     while True:
         found = [*folder.glob("runs/*/checkpoint.pt")]
-        if found and checkpoint_of(found[0].parent)["iteration"] >= 2:
+        if found and checkpoint_of(found[0].parent)["step"] >= 16:
             break
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.kill()
     process.communicate()
     run = found[0].parent
-    assert checkpoint_of(run)["iteration"] < 12
+    assert checkpoint_of(run)["step"] < 8 * 12
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(run)])
     train(folder, *script.read_flags())
     same_checkpoint(run, whole)

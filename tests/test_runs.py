@@ -203,7 +203,7 @@ def test_the_checkpoint_holds_the_flags_and_the_policy_that_was_scored(runs, nam
     run = runs[name]
     saved = run.state
     assert {flag: str(value) for flag, value in saved["args"].items()} == run.flags
-    assert saved["iteration"] == 2
+    assert saved["step"] == LAST
     again = tmp_path / "runs" / run.folder.name
     again.mkdir(parents=True)
     torch.save(saved, again / "checkpoint.pt")
@@ -269,9 +269,9 @@ def test_checkpoints_come_at_intervals_and_before_evaluations(script, tmp_path, 
         events.append("evaluation")
         return evaluate(*args)
 
-    def watched_save(path, args, iteration, parts):
-        save_checkpoint(path, args, iteration, parts)
-        events.append(32 * iteration)
+    def watched_save(path, args, step, parts):
+        save_checkpoint(path, args, step, parts)
+        events.append(step)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "evaluate", watched_evaluate)
@@ -328,7 +328,7 @@ def test_a_run_that_diverges_stops_before_it_is_saved(script, log_interval, tmp_
         script.main(make_args(script, **flags))
     (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
     saved = torch.load(checkpoint, weights_only=True)
-    assert saved["iteration"] == 2
+    assert saved["step"] == 64
     assert all(tensor.isfinite().all() for tensor in tensors(saved))
 
 
@@ -346,7 +346,7 @@ def test_a_run_on_atari_that_diverges_stops_before_it_is_saved(script, tmp_path,
         script.main(make_args(script, checkpoint_interval=1))
     (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
     saved = torch.load(checkpoint, weights_only=True)
-    assert saved["iteration"] == 2
+    assert saved["step"] == 64
     assert all(tensor.isfinite().all() for tensor in tensors(saved))
 
 
