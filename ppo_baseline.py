@@ -103,8 +103,8 @@ def validate(args: Args) -> None:
 
 class Games:
     """Atari games side by side, as ale-py preprocesses them: 84×84 greyscale, 4 frames stacked,
-    each action held for 4 frames, up to 29 no-ops at the start. A game that is over starts anew
-    within the same step. Some games wait for FIRE after a lost life: the next step presses it."""
+    each action held for 4 frames, up to 29 no-ops and FIRE at the start. A game that is over starts
+    anew within the same step. The step after a lost life presses FIRE: some games wait for it."""
 
     is_game = True
     stats = {}  # pixels are not normalised
@@ -517,7 +517,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, envs, args, device)
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
         if last:
             break
 
@@ -536,7 +536,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # drops forced FIREs, which begin an episode
+        # Flattens. π did not choose a forced FIRE; it begins an episode, so no other A contains it.
+        batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, clip_coef, args)
 
         logs["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()

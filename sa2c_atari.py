@@ -70,7 +70,7 @@ class Args:
     beta: float = 1.0  # weight of the reverse term; the paper tunes it for each game
     Z: float = -1.0  # stands in for log 0, negative; it matters only through beta * Z
     # noise that the learner sees; reported scores are clean
-    reward_noise: float = 0.0  # probability that a reward (-1, 0 or 1) becomes 1 - reward
+    reward_noise: float = 0.0  # probability that a reward -1, 0 or 1 becomes 2, 1 or 0
     advantage_noise: float = 0.0  # probability that an advantage changes sign
     # the run
     log_interval: int = 25  # iterations between two points of the losses in TensorBoard
@@ -100,8 +100,8 @@ def validate(args: Args) -> None:
 
 class Games:
     """Atari games side by side, as ale-py preprocesses them: 84×84 greyscale, 4 frames stacked,
-    each action held for 4 frames, up to 29 no-ops at the start. A game that is over starts anew
-    within the same step. The step after a lost life presses FIRE, for which some games wait."""
+    each action held for 4 frames, up to 29 no-ops and FIRE at the start. A game that is over starts
+    anew within the same step. The step after a lost life presses FIRE: some games wait for it."""
 
     def __init__(self, args: Args, num_envs: int):
         self.envs = ale_py.vector_env.AtariVectorEnv(
@@ -349,11 +349,11 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Nothing about the algorithm: speed where cores are few. Freed memory stays with the
-    process, waking threads wait their turn, and (GOMP_SPINCOUNT, above) idle ones sleep early."""
+    """Nothing about the algorithm: speed where cores are few. Freed memory stays with the process,
+    a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT, above)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap, too
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: it keeps what is freed
         with contextlib.suppress(OSError):  # some sandboxes refuse
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
@@ -367,7 +367,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     num_iterations = args.total_timesteps // batch_size
     first = checkpoint["step"] // batch_size if checkpoint else 0
 
-    set_seeds(args.seed, "start", first)
+    set_seeds(args.seed, "start", first)  # a resumed run starts games of its own
     games = Games(args, args.num_envs)
     agent = AtariAgent(len(games.actions)).to(device, memory_format=torch.channels_last)
     optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate)
@@ -389,7 +389,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
         if last:
             break
 
@@ -407,7 +407,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
-        batch = [x[rollout["valid"]] for x in batch]  # drops forced FIREs, which begin an episode
+        # Flattens. π did not choose a forced FIRE; it begins an episode, so no other A contains it.
+        batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, args)
 
         if iteration % args.log_interval == 0:

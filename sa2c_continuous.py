@@ -407,7 +407,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: see purge_step
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
         if last:
             break
 

@@ -224,7 +224,7 @@ def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
 
 @torch.no_grad()
 def collect(games: Games, agent: AtariAgent, num_steps: int, device) -> tuple[dict, list]:
-    """Plays π. Returns tensors (num_steps, num_envs, …), and (step, score, length) of ended games."""
+    """Plays π. Returns tensors (num_steps, num_envs, …); (step, score, length) of ended games."""
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
@@ -401,8 +401,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            # + 1: a resumed run evaluates again, and `purge_step` must hide this point
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
         if last:
             break
 

@@ -15,7 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import EVERY, make_args, tensors
 
+import ppo_baseline
 import sa2c_atari
+import sa2c_continuous
 import sppo_atari
 import sppo_continuous
 
@@ -150,7 +152,7 @@ def test_a_complete_run_is_evaluated_again_or_made_longer(script, tmp_path, monk
         assert checkpoint_of(tmp_path)["obs"]["count"] > before["obs"]["count"]
 
 
-@EVERY
+@pytest.mark.parametrize("script", [sppo_continuous, sa2c_continuous, ppo_baseline])
 def test_steps_are_counted_on_with_another_rollout_length(script, tmp_path, monkeypatch):
     """From the last checkpoint: at 128 steps, of which two longer rollouts are 64 each."""
     monkeypatch.chdir(tmp_path)
