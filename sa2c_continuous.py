@@ -82,9 +82,7 @@ def validate(args: Args) -> None:
     if args.num_steps > args.total_timesteps:
         raise ValueError("--total-timesteps must be at least --num-steps")
     if args.Z >= 0 or min(args.alpha, args.beta) < 0 or not 0 <= args.advantage_noise <= 1:
-        raise ValueError(
-            "--Z must be negative, --alpha and --beta not, --advantage-noise in 0 to 1"
-        )
+        raise ValueError("--Z must be < 0, --alpha and --beta >= 0, --advantage-noise in 0 to 1")
     env = make_env(args.env_id)
     known = isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.is_bounded()
     if not known or not isinstance(env.observation_space, gym.spaces.Box):

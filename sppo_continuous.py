@@ -4,10 +4,11 @@ Actions are discretised: each dimension is cut into `num_bins` values. π is the
 action taken, the product over dimensions, π_old when it was taken, r = π / π_old, A the advantage:
 
     forward = -min(r·A, clip(r, 1-ε, 1+ε)·A)    PPO's clipped objective
-    reverse = -m · A · Z · (1 - π) / π_old      A times reverse cross-entropy -Σ_b π(b) log p(b): p
-                                                is 0 but for the action taken, and log 0 is Z < 0;
-                                                m is 1 where `forward` has a gradient, else 0
+    reverse = -m · A · Z · (1 - π) / π_old      m is 1 where `forward` has a gradient, else 0
     loss = α · forward + β · reverse - ent_coef · entropy + vf_coef · value loss
+
+Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. Reverse
+cross-entropy is -Σ_b π(b) log p(b): as log 1 is 0 and Z < 0 replaces log 0, it is -Z · (1 - π).
 
 α = 1, β = 0 is PPO. The gradient of (1 - π) / π_old is that of -r, so SPPO has PPO's policy
 gradient times α + β|Z|: `--alpha 20.5 --beta 0` trains the same as the defaults, but for rounding.
@@ -83,9 +84,7 @@ def validate(args: Args) -> None:
     if args.num_steps % args.num_minibatches or args.num_steps > args.total_timesteps:
         raise ValueError("--num-minibatches must divide --num-steps, --total-timesteps hold them")
     if args.Z >= 0 or min(args.alpha, args.beta) < 0 or not 0 <= args.advantage_noise <= 1:
-        raise ValueError(
-            "--Z must be negative, --alpha and --beta not, --advantage-noise in 0 to 1"
-        )
+        raise ValueError("--Z must be < 0, --alpha and --beta >= 0, --advantage-noise in 0 to 1")
     env = make_env(args.env_id)
     known = isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.is_bounded()
     if not known or not isinstance(env.observation_space, gym.spaces.Box):
@@ -204,15 +203,15 @@ class BinnedAgent(nn.Module):
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     """α · forward + β · reverse, and the two terms. `logprob`, `old_logprob`: (batch, D), a column
-    for each action dimension; `advantage`: (batch,). Source: the paper and, for m and 1/π_old, its
-    code. Without 1/π_old, the plain form, which is ours: -m · A · Z · mean_d(1 - π_d)."""
+    for each action dimension; `advantage`: (batch,). m and 1/π_old are as in the paper's released
+    code. Without 1/π_old, our variant, the reverse term is -m · A · Z · mean_d(1 - π_d)."""
     old_joint_logprob = old_logprob.sum(1)
     ratio = (logprob.sum(1) - old_joint_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: 1 if r·A is the minimum; inside the clip range both are
+    mask = unclipped <= clipped  # m: `min` takes r·A; inside the clip range both are equal
     if args.importance_weighted_reverse:
         weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old = 1/π_old - r
     else:

@@ -18,7 +18,6 @@ trains the same, but for rounding. Without the division by π_old, the plain for
     3. for each epoch, for each minibatch: step down the loss       update, minibatch_loss
 
     python sppo_rlhf.py --reward-label 1 --gold-model models/gold    # after small_models/train.py
-    python sppo_rlhf.py --resume runs/<run>
 """
 
 import contextlib
@@ -274,14 +273,14 @@ class LanguageAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). Source: the paper, with the
-    mask m and the division by π_old as in the released code; the form without it is ours."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). The reverse term is the
+    paper's, m and 1/π_old are as in its released code. To leave 1/π_old out is our variant."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
     forward_loss = -torch.min(unclipped, clipped).mean()
 
-    mask = unclipped <= clipped  # m: 1 if r·A is the minimum; inside the clip range both are
+    mask = unclipped <= clipped  # m: `min` takes r·A; inside the clip range both are equal
     weight = 1 - logprob.exp()
     if args.importance_weighted_reverse:
         weight = weight / old_logprob.exp()

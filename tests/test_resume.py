@@ -53,6 +53,14 @@ def resume(script, folder: Path, **flags) -> None:
     script.main(script.Args(**saved["args"] | {"resume": str(the_run(folder))} | flags), saved)
 
 
+@pytest.fixture
+def short_games(monkeypatch):
+    """Games are over after 16 steps and have no chance in them."""
+    short = dict(max_num_frames_per_episode=64, noop_max=0)
+    games = functools.partial(ale_py.vector_env.AtariVectorEnv, **short)
+    monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", games)
+
+
 # ------------------------------------------------------------------------------------------ kills
 
 
@@ -61,9 +69,9 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = "--env-id CartPole-v1 --num-steps 64 --num-minibatches 2 --update-epochs 1"
     flags += " --eval-interval 640"
-    args = kill.Args("sppo_continuous.py", flags, kills=2, seconds=2, checkpoint_interval=64)
+    args = kill.Args("sppo_continuous.py", flags, kills=1, seconds=2, checkpoint_interval=64)
     kill.main(args)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("2 kills, ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 kills, ")
 
 
 def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
@@ -83,7 +91,7 @@ def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("script", [sppo_atari, sa2c_atari])
-def test_a_resumed_run_is_the_uninterrupted_one(script, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one(script, short_games, tmp_path, monkeypatch):
     """To the bit, as far as games are over at the checkpoint and have no chance in them. What was
     logged after the checkpoint is logged once."""
     save_checkpoint, kept = script.save_checkpoint, []
@@ -96,9 +104,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "save_checkpoint", watched_save)
-    short = dict(max_num_frames_per_episode=64, noop_max=0)
-    short_games = functools.partial(ale_py.vector_env.AtariVectorEnv, **short)
-    monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", short_games)
     noise = dict(reward_noise=0.1, advantage_noise=0.1)
     script.main(make_args(script, checkpoint_interval=32, eval_interval=64, **noise))
     whole, points = checkpoint_of(tmp_path), scalars(tmp_path)
@@ -133,7 +138,9 @@ def test_a_resumed_run_draws_the_same_random_numbers(script, tmp_path, monkeypat
 
 
 @EVERY
-def test_a_complete_run_is_evaluated_again_or_made_longer(script, tmp_path, monkeypatch, capsys):
+def test_a_complete_run_is_evaluated_again_or_made_longer(
+    script, short_games, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     script.main(make_args(script))
     before, points = checkpoint_of(tmp_path), scalars(tmp_path)
