@@ -2,15 +2,18 @@
 the tables say."""
 
 import argparse
+import csv
 import importlib
 import itertools
 import re
 import shlex
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import tyro
@@ -206,6 +209,52 @@ def test_answers_are_verdicts_of_twelve_words():
         assert re.match(r"by algebra: |no gain above \d+ %|gain on |loss of |open ", answer)
         assert len(re.findall(r"[\w.,·−|-]+", answer)) <= 12, answer
     assert len(rows) > 12
+
+
+def test_verdicts_follow_the_rules(results):
+    def verdict(*estimates: tuple) -> str:
+        columns = ["task", "value", "low", "high", "upper", "p"]
+        return results.answer(pd.DataFrame(estimates, columns=columns))
+
+    small = ("A", 0.01, -0.03, 0.05, 0.042, 0.6)
+    wide = ("B", 0.28, -0.1, 0.66, 0.6, 0.14)
+    loss = ("C", -0.2, -0.3, -0.1, -0.12, 0.001)
+    gain = ("D", 0.2, 0.1, 0.3, 0.28, 0.001)
+    assert verdict(small) == "no gain above 5 %"  # rounded up
+    assert verdict(small, loss) == "no gain above 5 %; loss on C"
+    assert verdict(small, wide) == "open (half-width 38 %) on B; else no gain above 5 %"
+    assert verdict(gain, loss) == "gain on D; loss on C"
+    assert verdict(gain, small) == "gain on D; else no gain above 5 %"
+    weak = ("E", 0.2, 0.01, 0.39, 0.36, 0.04)  # Holm's correction for two asks for 0.025
+    assert verdict(weak) == "gain on E"
+    assert verdict(weak, small) == "open (half-width 19 %) on E; else no gain above 5 %"
+
+
+def test_an_effect_is_what_the_table_of_evaluations_says(results):
+    """The plain form on LunarLander with noise, at the end, with nothing of the report's code."""
+    task, folder = "LunarLanderContinuous-v3", ROOT / "studies" / "results" / "robustness_calm"
+    curves = defaultdict(list)  # in the order of steps
+    with open(folder / "evaluations.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["pilot"] == "0":
+                case = row["method"], row["environment"], row["condition"], int(row["seed"])
+                curves[case].append(float(row["score"]))
+    ends = {case: np.mean(curve[-3:]) for case, curve in curves.items()}
+    seeds = range(1, 26)
+    uniform = pd.read_csv(folder / "random.csv").set_index("environment")["mean"][task]
+    unit = np.mean([ends["DPPO", task, "noise 0", seed] for seed in seeds]) - uniform
+    gaps = np.zeros(25)
+    for sign, method in ((1, "DSPPO plain"), (-1, "DPPO mean weight")):
+        for noise in ("noise 0.05", "noise 0.2"):
+            gaps += [sign * ends[method, task, noise, seed] / unit / 2 for seed in seeds]
+    half = 2.0639 * np.std(gaps, ddof=1) / 5  # Student's 97.5 % and, below, 95 %, 24 degrees
+    expected = dict(value=gaps.mean(), low=gaps.mean() - half, high=gaps.mean() + half)
+    expected["upper"] = gaps.mean() + half * 1.7109 / 2.0639
+
+    found = results.effects({"robustness_calm": results.load_studies()["robustness_calm"]})
+    names = (results.PLAIN, "ends higher", "with noise", "LunarLander")
+    (row,) = results.of(found, *names).to_dict("records")
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("beta, progress, even", [(1, 0.889, 1.625), (20, 0.422, 3.424)])
