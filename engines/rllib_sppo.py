@@ -106,7 +106,7 @@ def main(args: Args) -> None:
     steps = 0
     while steps < args.total_timesteps:
         result = algorithm.train()
-        steps = result["num_env_steps_sampled_lifetime"]
+        steps = int(result["num_env_steps_sampled_lifetime"])
         print(f"{steps} steps, return {result['env_runners']['episode_return_mean']:.1f}")
     score = algorithm.evaluate()["env_runners"]["episode_return_mean"]
     print(f"score at {steps} steps: {score:.2f}")
