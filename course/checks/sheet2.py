@@ -15,7 +15,7 @@ import numpy as np
 from checks import ROOT, SCRIPT, patched, report
 
 FOLDER = ROOT / "runs" / "sheet2"
-FLAGS = "--env-id Pendulum-v1 --total-timesteps 40960"
+FLAGS = "--env-id Pendulum-v1 --total-timesteps 40960 --update-epochs 4 --learning-rate 1e-3"
 EVALUATIONS = {True: "--eval-interval 2048 --eval-episodes 10", False: ""}
 
 # Where the copies differ from the script: (text of the script, text of the copy).
@@ -55,7 +55,7 @@ BUGS = {
 COPIES = dict(zip("ABCD", BUGS))
 
 CURVES = {  # what is shown of a run
-    "charts/episodic_return": "return of episodes",
+    "charts/episodic_return": "return",
     "losses/value_loss": "value loss",
     "losses/explained_variance": "explained variance",
     "losses/approx_kl": "approximate KL",
@@ -150,11 +150,10 @@ def draw(curves: dict, path: Path) -> None:
         for (name, evaluations), run in curves.items():
             steps, values = run[tag]
             if tag == "charts/episodic_return":
-                values = np.convolve(values, np.ones(10) / 10, "valid")
-                steps = steps[-len(values) :]
+                values = [values[max(0, i - 9) : i + 1].mean() for i in range(len(values))]
             style = "-" if evaluations else ":"
             ax.plot(steps, values, style, color=colours[name], lw=1 + 2 * (not evaluations))
-        ax.set(title=title, xlabel="steps")
+        ax.set(title=title + ", mean of 10 episodes" * (title == "return"), xlabel="steps")
     for name, colour in colours.items():
         axes[0, 0].plot([], [], color=colour, label=name)
     axes[0, 0].plot([], [], ":", color="0.5", lw=3, label="without evaluations")
