@@ -2,7 +2,7 @@
 
     python docs/loss_anatomy.py --env-id CartPole-v1
     python docs/loss_anatomy.py --env-id HalfCheetah-v5 --checkpoint runs/<run>/checkpoint.pt
-    python docs/loss_anatomy.py --env-id ALE/Breakout-v5
+    python docs/loss_anatomy.py --env-id ALE/Breakout-v5 --iterations 8 --updates 5
 
 `sppo_atari.py` or `sppo_continuous.py` trains for a few iterations, or goes on from a checkpoint.
 The batch after that is the one that is looked at: the script updates on it, so that the policy
@@ -27,7 +27,7 @@ from torch.distributions import Categorical
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sppo_atari
 import sppo_continuous
-from sa2c_atari import symmetric_a2c_loss
+from sa2c_continuous import symmetric_a2c_loss
 
 Gradients = dict[str, torch.Tensor]  # by layer
 
@@ -105,10 +105,8 @@ class Sample:
 
     def __post_init__(self):
         self.D = self.logprob.shape[1]
-        self.joint_logprob = self.logprob.sum(1)
-        self.ratio = (self.joint_logprob - self.old_logprob.sum(1)).exp()
+        self.ratio = (self.logprob - self.old_logprob).sum(1).exp()
         self.pi = self.logprob.detach().exp()
-        self.joint_pi = self.joint_logprob.detach().exp()
         self.old_pi = self.old_logprob.exp()
         self.A = (self.raw_advantage - self.raw_advantage.mean()) / self.raw_advantage.std()
         too_likely = (self.A > 0) & (self.ratio > 1 + self.clip_coef)
@@ -161,11 +159,11 @@ def plain_sppo(script, sample: Sample, args: Args) -> Compared:
 
 
 def sa2c(sample: Sample, args: Args) -> Compared:
-    advantage = sample.raw_advantage
-    weight = args.alpha + args.beta * abs(args.Z) * sample.joint_pi
-    forward = -(advantage * sample.joint_logprob).mean()
-    predicted = -(advantage * weight * sample.joint_logprob).mean()
-    loss, _, reverse = symmetric_a2c_loss(sample.joint_logprob, advantage, args)
+    """For a game, which has D = 1, this is the loss of `sa2c_atari.py`, too."""
+    advantage = sample.raw_advantage.unsqueeze(1)
+    weight = args.alpha + args.beta * abs(args.Z) * sample.pi / sample.D
+    predicted = -(advantage * weight * sample.logprob).sum(1).mean()
+    loss, forward, reverse = symmetric_a2c_loss(sample.logprob, sample.raw_advantage, args)
     return Compared("SA2C", weight, forward, reverse, loss, predicted)
 
 
