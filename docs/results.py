@@ -201,21 +201,30 @@ def head(found: pd.DataFrame, folder: str = "") -> str:
     clean, noisy = "without noise", "with noise"
     cases = [("learns faster", clean), ("ends higher", clean), ("ends higher", noisy)]
     speed, end, noisy_end = (bound(of(found, SPPO, *case)) for case in cases)
-    return f"""\
-- **Proved:** SPPO, as its authors released it, has exactly PPO's policy gradient, times a constant
-  of its settings, α + β|Z| ([derivation]({folder}symmetric_loss.md)).
-- **Excluded**, in short runs on three control tasks, at the released β and with 95 % confidence
-  each: SPPO gains more than {speed} % in speed, {end} % at the end, or {noisy_end} % at the end
-  where rewards are noisy.
-- **Open:** nobody knows whether SPPO gains in long games, or in speed on LunarLander with noise,
-  nor whether weights on samples help, which SA2C has and released SPPO has not."""
+    proved = (
+        "- **Proved:** SPPO, as its authors released it, has exactly PPO's policy gradient, times "
+        f"a constant of its settings, α + β|Z| ([derivation]({folder}symmetric_loss.md))."
+    )
+    excluded = (
+        "- **Excluded**, in short runs on three control tasks, at the released β and with 95 % "
+        f"confidence each: SPPO gains more than {speed} % in speed, {end} % at the end, or "
+        f"{noisy_end} % at the end where rewards are noisy."
+    )
+    still_open = (
+        "- **Open:** nobody knows whether SPPO gains in long games, or in speed on LunarLander "
+        "with noise, nor whether weights on samples help, which SA2C has and released SPPO has not."
+    )
+    return "\n".join([proved, excluded, still_open])
 
 
 def verdicts(found: pd.DataFrame) -> str:
     """The README's part."""
-    alt = "SPPO beside PPO, and the plain form beside its control: differences on three tasks"
-    figure = f'<img src="docs/figures/forest.png" width="700" alt="{alt}">'
-    return f"{head(found, 'docs/')}\n\n{figure}"
+    figure = '<img src="docs/figures/forest.png" width="700" alt="Differences on three tasks">'
+    caption = (
+        "*Left SPPO beside PPO, right our plain form, which weighs samples, beside PPO with its "
+        "mean weight. Bars are 95 % intervals. [Results](docs/results.md) answer claim by claim.*"
+    )
+    return "\n\n".join([head(found, "docs/"), figure, caption])
 
 
 def claims(found: pd.DataFrame, studies: dict, games: pd.DataFrame, rewards: pd.DataFrame) -> str:
@@ -259,7 +268,7 @@ def sa2c_text(results: report.Results | None) -> str:
     return f"""\
 <img src="figures/sa2c.png" width="700" alt="SA2C beside A2C with its mean weight: differences">
 
-SA2C, {results.runs.steps.max():,} steps, with default weights ([report]({report_at}))."""
+SA2C, {results.runs.steps.max():,.0f} steps, percent of A2C's score ([report]({report_at}))."""
 
 
 def choices(studies: dict[str, report.Results], more: dict[str, report.Results]) -> str:

@@ -199,6 +199,7 @@ def test_results_are_short_and_no_percentage_is_written_by_hand():
     assert len([word for word in words if re.search(r"\w", word)]) <= 1800
     by_hand = set(re.findall(r"[\d.,]+(?= %)", GENERATED.sub("", text)))
     assert by_hand <= {"10", "15", "90", "95", "100"}  # margins and levels
+    assert not re.search(r"(?m)^\s*(- )?<!--\w+-->.", text)  # there it would end a paragraph
 
 
 def test_answers_are_verdicts_of_twelve_words():
