@@ -155,9 +155,9 @@ def draw(curves: dict, path: Path) -> None:
             ax.plot(steps, values, style, color=colours[name], lw=1 + 2 * (not evaluations))
         ax.set(title=title + ", mean of 10 episodes" * (title == "return"), xlabel="steps")
     for name, colour in colours.items():
-        axes[0, 0].plot([], [], color=colour, label=name)
-    axes[0, 0].plot([], [], ":", color="0.5", lw=3, label="without evaluations")
-    axes[0, 0].legend()
+        axes[0, 1].plot([], [], color=colour, label=name)
+    axes[0, 1].plot([], [], ":", color="0.5", lw=3, label="without evaluations")
+    axes[0, 1].legend()
     plt.savefig(path, dpi=100)
     plt.close()
 

@@ -7,7 +7,7 @@ evaluations and without. That takes minutes; `--workers 4` trains four at a time
 the runs done. Each call prints a table, draws runs/sheet2/curves.png, and says "to do", "not yet"
 or "right" for each copy.
 
-No copy crashes or warns. Every copy learns something. Say which copy has which bug:
+No copy crashes or warns. Say which copy has which bug:
 
     "time limit"   an episode cut off by the time limit is taken for one that terminated: the value
                    of what follows is 0
