@@ -275,10 +275,10 @@ def test_update_gets_what_collect_and_gae_say(script, tmp_path, monkeypatch):
         monkeypatch.setattr(script, name, watched)
 
     monkeypatch.chdir(tmp_path)
-    set_options(monkeypatch)
+    set_options(monkeypatch, max_num_frames_per_episode=300)
     for name in seen:
         watch(name)
-    args = script.Args("ALE/Breakout-v5", num_envs=2, num_steps=160, total_timesteps=640)
+    args = script.Args("ALE/Breakout-v5", num_envs=2, num_steps=96, total_timesteps=384)
     args.cuda = False
     args.eval_episodes = 1
     args.update_epochs = 1

@@ -2,6 +2,7 @@
 look at while they train does not change them."""
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import ale_py
 import imageio
 import numpy as np
 import pytest
@@ -96,6 +98,15 @@ def train(folder: Path, command: str) -> Run:
     flags = dict(row.strip("|").split("|") for row in rows)
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     return Run(script, run, output.getvalue(), points, flags, state)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_games():
+    """Games are over after 100 steps."""
+    games = functools.partial(ale_py.vector_env.AtariVectorEnv, max_num_frames_per_episode=400)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", games)
+        yield
 
 
 @pytest.fixture(scope="module")
