@@ -323,7 +323,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
+    """Advantages (batch,) with mean 0 and deviation 1. Those near 0 can change sign, as by noise."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -445,7 +445,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
+    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
     args = tyro.cli(Args)
     if is_game(args.env_id):  # of a flag that comes twice the last value holds
         args = tyro.cli(Args, args=ATARI_DEFAULTS.split() + sys.argv[1:])
@@ -507,7 +507,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # below, step % n < batch_size: just passed a multiple of n
+        step = iteration * batch_size  # step % n < batch_size: just past a multiple of n, as 0 is
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -536,7 +536,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        # Flattens. π did not choose a forced FIRE; it begins an episode, so no other A contains it.
+        # Flattens. π did not choose a forced FIRE. An episode ends before it: no other A has it.
         batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, clip_coef, args)
 

@@ -109,7 +109,7 @@ class Games:
             num_envs,
             repeat_action_probability=args.repeat_action_probability,
             reward_clipping=False,  # scores are reported as they are
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # `obs` is then of the new game
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # new game's obs, old one's reward
         )
         self.actions = [action.name for action in self.envs.ale.get_action_set()]
         self.fire = self.actions.index("FIRE") if "FIRE" in self.actions else None
@@ -211,7 +211,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
+    """Advantages (batch,) with mean 0 and deviation 1. Those near 0 can change sign, as by noise."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -317,7 +317,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
+    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -349,8 +349,8 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Nothing about the algorithm: speed where cores are few. Freed memory stays with the process,
-    a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT, above)."""
+    """Speed where cores are few; without it results are the same. Freed memory stays with the
+    process, a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap, too
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: it keeps what is freed
@@ -379,7 +379,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # below, step % n < batch_size: just passed a multiple of n
+        step = iteration * batch_size  # step % n < batch_size: just past a multiple of n, as 0 is
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -389,7 +389,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
+            # At step + 1: a run that resumes here evaluates again, and hides what is after `step`.
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
 
@@ -407,7 +408,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
-        # Flattens. π did not choose a forced FIRE; it begins an episode, so no other A contains it.
+        # Flattens. π did not choose a forced FIRE. An episode ends before it: no other A has it.
         batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, args)
 

@@ -241,7 +241,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
+    """Advantages (batch,) with mean 0 and deviation 1. Those near 0 can change sign, as by noise."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -347,7 +347,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
+    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
     args = tyro.cli(Args)
     checkpoint = None
     try:

@@ -8,13 +8,13 @@
 
 Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. Reverse
 cross-entropy is -Σ_b π(b) log p(b): as log 1 is 0 and Z < 0 replaces log 0, it is -Z · (1 - π). A
-symmetric loss adds both, here with PPO's term as the first. The paper means it to help against
-noisy rewards.
+symmetric loss adds both, each times A. Where PPO has r for log π, and clips it, the reverse term
+is divided by π_old and masked by m. The paper means it to help against noisy rewards.
 
 α = 1, β = 0 is PPO. As ∇π = π ∇log π, the gradient of `forward` is -m · A · r · ∇log π and that
 of `reverse` |Z| times as large. So whatever the noise, SPPO is PPO with a policy loss α + β|Z|
-times as large: `--alpha 1.5 --beta 0` trains like the defaults. Without the division by π_old the
-factor is α + β|Z|π_old, a weight on each sample (`--no-importance-weighted-reverse`).
+times as large beside the other losses: `--alpha 1.5 --beta 0` trains like the defaults. Without
+1/π_old the factor is α + β|Z|π_old, a weight on each sample (`--no-importance-weighted-reverse`).
 
 One iteration:
     1. play `num_envs` games for `num_steps` steps                  collect
@@ -119,7 +119,7 @@ class Games:
             num_envs,
             repeat_action_probability=args.repeat_action_probability,
             reward_clipping=False,  # scores are reported as they are
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # `obs` is then of the new game
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,  # new game's obs, old one's reward
         )
         self.actions = [action.name for action in self.envs.ale.get_action_set()]
         self.fire = self.actions.index("FIRE") if "FIRE" in self.actions else None
@@ -181,7 +181,7 @@ class AtariAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). The reverse term is the
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). -A · Z · (1 - π) is the
     paper's, m and 1/π_old are as in its released code. To leave 1/π_old out is our variant."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
@@ -207,7 +207,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
+    """Advantages (batch,) with mean 0 and deviation 1. Those near 0 can change sign, as by noise."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -255,7 +255,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, clip
     logprob = policy.log_prob(action)
     loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args)
     policy_loss, forward_loss, reverse_loss = loss_terms
-    value_loss = nn.functional.mse_loss(value, returns)
+    value_loss = nn.functional.mse_loss(value, returns)  # not halved, unlike CleanRL's
     entropy = policy.entropy().mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
@@ -280,7 +280,7 @@ def update(agent, optimizer, batch, clip_coef, args: Args, loss_function=minibat
     parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
-        inds = torch.randperm(len(batch[0]))  # shuffles; the last minibatch may be smaller
+        inds = torch.randperm(len(batch[0]))  # without forced FIREs the last chunk may be smaller
         minibatches = zip(*(x[inds].chunk(args.num_minibatches) for x in batch))
         for obs, action, old_logprob, advantage, returns in minibatches:
             advantage = flip_signs(advantage, args.advantage_noise)
@@ -328,7 +328,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
+    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -360,8 +360,8 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Nothing about the algorithm: speed where cores are few. Freed memory stays with the process,
-    a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT, above)."""
+    """Speed where cores are few; without it results are the same. Freed memory stays with the
+    process, a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap, too
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: it keeps what is freed
@@ -391,7 +391,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # below, step % n < batch_size: just passed a multiple of n
+        step = iteration * batch_size  # step % n < batch_size: just past a multiple of n, as 0 is
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -401,7 +401,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
+            # At step + 1: a run that resumes here evaluates again, and hides what is after `step`.
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
 
@@ -421,7 +422,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        # Flattens. π did not choose a forced FIRE; it begins an episode, so no other A contains it.
+        # Flattens. π did not choose a forced FIRE. An episode ends before it: no other A has it.
         batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, clip_coef, args, loss_function)
 

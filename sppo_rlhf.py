@@ -273,7 +273,7 @@ class LanguageAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). The reverse term is the
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). -A · Z · (1 - π) is the
     paper's, m and 1/π_old are as in its released code. To leave 1/π_old out is our variant."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
@@ -299,7 +299,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and standard deviation 1. Some change their sign by it."""
+    """Advantages (batch,) with mean 0 and deviation 1. Those near 0 can change sign, as by noise."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -461,7 +461,7 @@ def save_model(folder: Path, agent: LanguageAgent, args: Args) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint: its flags are defaults of a second reading."""
+    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
     args = tyro.cli(Args)
     checkpoint = None
     with refusing(args.resume or ""):
