@@ -299,7 +299,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and deviation 1. Those near 0 can change sign, as by noise."""
+    """Advantages (batch,) with mean 0 and deviation 1. Small ones may change sign, as by noise."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
