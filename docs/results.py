@@ -235,9 +235,9 @@ def claims(found: pd.DataFrame, studies: dict, games: pd.DataFrame, rewards: pd.
     weights = "[weights](#weights-on-samples)"
     lengths = "[games](#games-and-lengths)"
     rows = [
-        ["SPPO is PPO with a larger policy loss", r"by algebra: times α + β\|Z\|", gradient],
+        ["SPPO is PPO with a scaled policy loss", r"by algebra: times α + β\|Z\|", gradient],
         ["Z = −1 is a good choice", "by algebra: only β·Z matters", knobs],
-        ["SPPO depends less on α and β", "by algebra: as PPO does on its factor", knobs],
+        ["SPPO depends less on α and β", "by algebra: as PPO depends on its factor", knobs],
     ]
     subjects = {SPPO: ("SPPO", control), PLAIN: ("plain form", weights), SA2C: ("SA2C", weights)}
     for case, estimates in found.groupby(["comparison", "outcome", "noise"], sort=False):
