@@ -445,7 +445,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
+    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
     args = tyro.cli(Args)
     if is_game(args.env_id):  # of a flag that comes twice the last value holds
         args = tyro.cli(Args, args=ATARI_DEFAULTS.split() + sys.argv[1:])
@@ -507,7 +507,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # step % n < batch_size: just past a multiple of n, as 0 is
+        step = iteration * batch_size  # step % interval < batch_size: at a multiple or just past it
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -536,7 +536,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        # Flattens. π did not choose a forced FIRE. An episode ends before it: no other A has it.
+        # Flattens, and drops forced FIREs: π did not choose them, and an episode ends before each.
         batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, clip_coef, args)
 

@@ -32,7 +32,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # before torch: see `spare_the_machine`
+os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # idle threads sleep early
 
 import ale_py
 import gymnasium as gym
@@ -317,7 +317,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
+    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -349,13 +349,13 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Speed where cores are few; without it results are the same. Freed memory stays with the
-    process, a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT)."""
+    """Nothing to do with learning, skip it: speed where cores are few. Freed memory stays with the
+    process, and threads do not take cores from each other. Results are the same without it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap, too
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: it keeps what is freed
         with contextlib.suppress(OSError):  # some sandboxes refuse
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # wait for your turn
 
 
 def main(args: Args, checkpoint: dict | None = None) -> None:
@@ -379,7 +379,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # step % n < batch_size: just past a multiple of n, as 0 is
+        step = iteration * batch_size  # step % interval < batch_size: at a multiple or just past it
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -389,7 +389,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            # At step + 1: a run that resumes here evaluates again, and hides what is after `step`.
+            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
             writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
@@ -408,7 +408,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], advantages, returns)
-        # Flattens. π did not choose a forced FIRE. An episode ends before it: no other A has it.
+        # Flattens, and drops forced FIREs: π did not choose them, and an episode ends before each.
         batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, args)
 

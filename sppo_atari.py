@@ -8,13 +8,13 @@
 
 Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. Reverse
 cross-entropy is -Σ_b π(b) log p(b): as log 1 is 0 and Z < 0 replaces log 0, it is -Z · (1 - π). A
-symmetric loss adds both, each times A. Where PPO has r for log π, and clips it, the reverse term
-is divided by π_old and masked by m. The paper means it to help against noisy rewards.
+symmetric loss adds both, each times A. As PPO puts r in place of log π and clips it, the reverse
+term is divided by π_old and masked by m. The paper means it to help against noisy rewards.
 
 α = 1, β = 0 is PPO. As ∇π = π ∇log π, the gradient of `forward` is -m · A · r · ∇log π and that
-of `reverse` |Z| times as large. So whatever the noise, SPPO is PPO with a policy loss α + β|Z|
-times as large beside the other losses: `--alpha 1.5 --beta 0` trains like the defaults. Without
-1/π_old the factor is α + β|Z|π_old, a weight on each sample (`--no-importance-weighted-reverse`).
+of `reverse` |Z| times as large. So SPPO is PPO with a policy loss α + β|Z| times as large beside
+the other losses, which the paper does not say: `--alpha 1.5 --beta 0` trains like the defaults.
+Without 1/π_old the factor is α + β|Z|π_old, which differs from sample to sample.
 
 One iteration:
     1. play `num_envs` games for `num_steps` steps                  collect
@@ -37,7 +37,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # before torch: see `spare_the_machine`
+os.environ.setdefault("GOMP_SPINCOUNT", "15000")  # idle threads sleep early
 
 import ale_py
 import gymnasium as gym
@@ -181,8 +181,8 @@ class AtariAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). -A · Z · (1 - π) is the
-    paper's, m and 1/π_old are as in its released code. To leave 1/π_old out is our variant."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). As in the paper's
+    released code. Without 1/π_old, which is our variant, it weighs samples as SA2C does."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
@@ -280,7 +280,7 @@ def update(agent, optimizer, batch, clip_coef, args: Args, loss_function=minibat
     parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
-        inds = torch.randperm(len(batch[0]))  # without forced FIREs the last chunk may be smaller
+        inds = torch.randperm(len(batch[0]))  # forced FIREs are gone: the last chunk may be smaller
         minibatches = zip(*(x[inds].chunk(args.num_minibatches) for x in batch))
         for obs, action, old_logprob, advantage, returns in minibatches:
             advantage = flip_signs(advantage, args.advantage_noise)
@@ -328,7 +328,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
+    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -360,13 +360,13 @@ def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
 
 
 def spare_the_machine() -> None:
-    """Speed where cores are few; without it results are the same. Freed memory stays with the
-    process, a thread that wakes interrupts no other, and idle ones sleep early (GOMP_SPINCOUNT)."""
+    """Nothing to do with learning, skip it: speed where cores are few. Freed memory stays with the
+    process, and threads do not take cores from each other. Results are the same without it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap, too
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: it keeps what is freed
         with contextlib.suppress(OSError):  # some sandboxes refuse
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # wait for your turn
 
 
 def main(args: Args, checkpoint: dict | None = None) -> None:
@@ -391,7 +391,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * batch_size + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit=" steps", unit_scale=batch_size):
-        step = iteration * batch_size  # step % n < batch_size: just past a multiple of n, as 0 is
+        step = iteration * batch_size  # step % interval < batch_size: at a multiple or just past it
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < batch_size)
         if evaluating or step % args.checkpoint_interval < batch_size:
@@ -401,7 +401,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            # At step + 1: a run that resumes here evaluates again, and hides what is after `step`.
+            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
             writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
@@ -422,7 +422,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         returns = advantages + rollout["values"]
 
         batch = (rollout["obs"], rollout["actions"], rollout["logprobs"], advantages, returns)
-        # Flattens. π did not choose a forced FIRE. An episode ends before it: no other A has it.
+        # Flattens, and drops forced FIREs: π did not choose them, and an episode ends before each.
         batch = [x[rollout["valid"]] for x in batch]
         logs = update(agent, optimizer, batch, clip_coef, args, loss_function)
 

@@ -348,7 +348,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
+    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
     args = tyro.cli(Args)
     checkpoint = None
     try:

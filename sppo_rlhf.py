@@ -273,8 +273,8 @@ class LanguageAgent(nn.Module):
 
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
-    """α · forward + β · reverse, and the two terms, of inputs (batch,). -A · Z · (1 - π) is the
-    paper's, m and 1/π_old are as in its released code. To leave 1/π_old out is our variant."""
+    """α · forward + β · reverse, and the two terms, of inputs (batch,). As in the paper's
+    released code. Without 1/π_old, which is our variant, it weighs samples as SA2C does."""
     ratio = (logprob - old_logprob).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage
@@ -461,7 +461,7 @@ def save_model(folder: Path, agent: LanguageAgent, args: Args) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags, and with --resume the checkpoint, from which all comes that is not typed anew."""
+    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
     args = tyro.cli(Args)
     checkpoint = None
     with refusing(args.resume or ""):
