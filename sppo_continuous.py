@@ -11,7 +11,7 @@ Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0
 cross-entropy is -Σ_b π(b) log p(b): as log 1 is 0 and Z < 0 replaces log 0, it is -Z · (1 - π).
 
 α = 1, β = 0 is PPO. The gradient of (1 - π) / π_old is that of -r, so SPPO has PPO's policy
-gradient times α + β|Z|: `--alpha 20.5 --beta 0` trains the same as the defaults, but for rounding.
+gradient times α + β|Z|, which the paper does not say: `--alpha 20.5 --beta 0` trains the same.
 
 One iteration:
     1. act for `num_steps` steps                                    collect
@@ -273,7 +273,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
     logprob, entropy, value = agent(obs, action)
     loss_terms = symmetric_ppo_loss(logprob, old_logprob, advantage, args.clip_coef, args)
     policy_loss, forward_loss, reverse_loss = loss_terms
-    value_loss = nn.functional.mse_loss(value, returns)
+    value_loss = nn.functional.mse_loss(value, returns)  # not halved, unlike CleanRL's
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
     ratio = (logprob - old_logprob).sum(1).exp().detach()
     logged = {
@@ -398,7 +398,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
-        step = iteration * args.num_steps  # below, step % n < num_steps: just passed a multiple
+        step = iteration * args.num_steps  # step % interval < num_steps: at or just past one
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
