@@ -346,7 +346,7 @@ def read_flags() -> tuple[Args, dict | None]:
 def start_logging(args: Args, first_step: int) -> tuple[Path, SummaryWriter]:
     """The run's folder and TensorBoard's writer in it; with --track also a run of W&B."""
     game = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{game}__{Path(__file__).stem}__{args.seed}__{int(time.time() * 1000)}"
+    name = f"{game}__{Path(__file__).stem}__{args.seed}__{int(time.time() * 1000)}_{os.getpid()}"
     run = Path(args.resume or f"runs/{name}")
     if args.track:
         import wandb

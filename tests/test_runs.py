@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -206,7 +207,9 @@ def test_the_output_is_the_folder_and_a_score_for_each_evaluation(runs, name):
     assert [line.strip() for line in scores] == expected
     env_id, script, seed, started = run.folder.name.split("__")
     assert (env_id, seed) == (run.flags["env_id"].replace("/", "-"), run.flags["seed"])
-    assert script == run.script and 0 <= time.time() - int(started) / 1000 < 3600
+    milliseconds, process = map(int, started.split("_"))
+    assert script == run.script and process == os.getpid()
+    assert 0 <= time.time() - milliseconds / 1000 < 3600
 
 
 @ALL
@@ -314,17 +317,16 @@ def test_schedules_fall_linearly(script, anneal, tmp_path, monkeypatch):
 
 
 @EVERY
-def test_two_runs_that_start_in_the_same_second_have_folders_of_their_own(
-    script, tmp_path, monkeypatch
-):
+def test_two_runs_that_start_at_once_have_folders_of_their_own(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1.7e9)
     args = make_args(script)
     folders = set()
-    for _ in range(2):
+    for process in (7, 8):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
         folder, writer = script.start_logging(args, 1)
         writer.close()
         folders.add(folder)
-        time.sleep(0.002)
     assert len(folders) == 2
 
 
