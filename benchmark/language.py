@@ -8,10 +8,11 @@ by whose measure?
 
 The reward is a proxy, a classifier trained on few labels (or the weak one, on very few); `gold`,
 trained on all labels, judges. Each run's evaluations become lines of a table; a run that is there
-is not done again: the command goes on where it was stopped. --report draws the figures and
-prints Markdown from that file."""
+is not done again: the command goes on where it was stopped. --report writes the table of
+docs/language_models.md and draws its figures."""
 
 import itertools
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import tyro
 from score import ROOT, append, commit_of, read
-from tables import difference
-from tables import interval as mean_and_half
+from tables import difference, interval, markdown
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 MEASURES = "score gold_score kl reference_perplexity distinct_2 entropy response_length ended"
@@ -36,6 +37,14 @@ METHODS = {
     "mean-weight control": "--alpha 0.537 --beta 0",
     "PPO without KL": "--alpha 1 --beta 0 --kl-coef 0",
 }
+PAIRS = [  # that the page compares
+    ("SPPO", "PPO"),
+    ("SPPO", "matched control"),
+    ("plain SPPO", "mean-weight control"),
+    ("plain SPPO", "PPO"),
+    ("PPO without KL", "PPO"),
+]
+PAGE = ROOT / "docs" / "language_models.md"
 
 
 @dataclass
@@ -49,7 +58,7 @@ class Args:
     seeds: tuple[int, ...] = tuple(range(1, 24))  # 10 % of PPO's gain can be seen with 23
     flags: str = "--eval-interval 384 --bf16 --torch-threads 1"  # of every run
     jobs: int = 2  # runs at the same time
-    report: bool = False  # only tables and figures
+    report: bool = False  # only the page's table and figures
 
 
 def train(args: Args, reward: str, method: str, seed: int) -> None:
@@ -59,13 +68,8 @@ def train(args: Args, reward: str, method: str, seed: int) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "models").symlink_to(args.models.resolve())
-        line = [
-            sys.executable,
-            ROOT / "sppo_rlhf.py",
-            *command.split()[1:],
-            "--gold-model",
-            "models/gold",
-        ]
+        line = [sys.executable, ROOT / "sppo_rlhf.py", *command.split()[1:]]
+        line += ["--gold-model", "models/gold"]
         done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             return print(command, done.stderr[-2000:], flush=True)
@@ -81,100 +85,77 @@ def train(args: Args, reward: str, method: str, seed: int) -> None:
     print(done.stdout.splitlines()[-1], command, flush=True)
 
 
-def interval(one, other=None) -> tuple[float, float, float]:
-    """Mean and 95 % interval of a sample, or of the difference of two."""
-    if other is not None:
-        return difference(one, other)
-    mean, half = mean_and_half(one)
-    return mean, mean - half, mean + half
+def load(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Evaluations before and after training, by reward, method and seed."""
+    table = pd.read_csv(results).sort_values("step")
+    runs = table.groupby(["reward", "method", "seed"], sort=False)[MEASURES]
+    return runs.first(), runs.last()
 
 
-def report(results: Path) -> None:
-    """Prints the tables of docs/language_models.md and draws its figures."""
+def differences(before: pd.DataFrame, after: pd.DataFrame, reward: str) -> dict:
+    """Mean and 95 % interval of gold scores' differences, by name."""
+    before, after = before.gold_score[reward], after.gold_score[reward]
+    mean, half = interval(after["PPO"] - before["PPO"])
+    found = {"PPO: trained − untrained": (mean, mean - half, mean + half)}
+    for one, other in PAIRS:
+        if {one, other} <= set(after.index.get_level_values("method")):
+            found[f"{one} − {other}"] = difference(after[one], after[other])
+    return found
+
+
+def report(results: Path) -> str:
+    """The table of docs/language_models.md."""
+    before, after = load(results)
+    rewards = after.index.unique("reward")
+    found = [differences(before, after, reward) for reward in rewards]
+    rows = []
+    for name in found[0]:
+        intervals = ["{:+.3f} ({:+.3f} to {:+.3f})".format(*each[name]) for each in found]
+        rows.append([name, *intervals])
+    return markdown("difference of gold scores | " + " | ".join(rewards), rows)
+
+
+def draw(results: Path) -> None:
+    """The figures of docs/language_models.md."""
     import matplotlib.pyplot as plt
-    import pandas as pd
 
-    table = pd.read_csv(results)
-    measures = ["gold_score", "score", "kl", "distinct_2", "reference_perplexity"]
-    runs = ["reward", "method", "seed"]
-    table = table.sort_values([*runs, "step"])
-    keys = table.groupby(runs, as_index=False).first()[runs]
-    before, after = table.groupby(runs)[measures].first(), table.groupby(runs)[measures].last()
-    before, after = before.reset_index(drop=True), after.reset_index(drop=True)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharex=True, sharey=True)
-    for axis, reward in zip(axes, keys["reward"].unique()):
-        print(
-            f"\n### {reward}\n\n| method | seeds | " + " | ".join(measures) + " |\n|" + "---|" * 7
-        )
-        rows = {
-            method: ((keys["reward"] == reward) & (keys["method"] == method)).to_numpy()
-            for method in METHODS
-        }
-        rows = {method: row for method, row in rows.items() if row.any()}
-        start = before[(keys["reward"] == reward).to_numpy()]
-        print("| before | all | " + " | ".join(f"{start[x].mean():.3g}" for x in measures) + " |")
-        for method, row in rows.items():
-            cells = ("{:.3g} ({:.3g} to {:.3g})".format(*interval(after[row][x])) for x in measures)
-            print(f"| {method} | {row.sum()} | " + " | ".join(cells) + " |")
-        print("\n| difference | " + " | ".join(measures) + " |\n|" + "---|" * 6)
-        pairs = [
-            ("SPPO", "PPO"),
-            ("SPPO", "matched control"),
-            ("plain SPPO", "mean-weight control"),
-            ("plain SPPO", "PPO"),
-            ("PPO without KL", "PPO"),
-        ]
-        gains = (after - before)[rows["PPO"]]
-        found = {"PPO: after − before": [interval(gains[x]) for x in measures]}
-        for one, other in (pair for pair in pairs if set(pair) <= set(rows)):
-            found[f"{one} − {other}"] = [
-                interval(after[rows[one]][x], after[rows[other]][x]) for x in measures
-            ]
-        for name, intervals in found.items():
-            print(
-                f"| {name} | "
-                + " | ".join("{:+.3g} ({:+.3g} to {:+.3g})".format(*x) for x in intervals)
-                + " |"
-            )
-        drawn = [(name, intervals[0]) for name, intervals in found.items() if "without" not in name]
-        for y, (_, (mean, low, high)) in enumerate(drawn):
-            axis.errorbar(
-                mean, -y, xerr=[[mean - low], [high - mean]], fmt="o", color="C0", capsize=3
-            )
-        axis.set_yticks([-y for y in range(len(drawn))], [name for name, _ in drawn])
+    before, after = load(results)
+    table = pd.read_csv(results).groupby(["reward", "method", "step"])[MEASURES].mean()
+    rewards = after.index.unique("reward")
+    size = {"ncols": len(rewards), "sharey": True, "squeeze": False}
+    intervals, (axes,) = plt.subplots(**size, figsize=(10, 3), sharex=True)
+    for axis, reward in zip(axes, rewards):
+        found = differences(before, after, reward)
+        drawn = {name: x for name, x in found.items() if "without" not in name}
+        for y, (mean, low, high) in enumerate(drawn.values()):
+            error = [[mean - low], [high - mean]]
+            axis.errorbar(mean, -y, xerr=error, fmt="o", color="C0", capsize=3)
+        axis.set_yticks([-y for y in range(len(drawn))], drawn)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(title=f"reward: {reward}", xlabel="difference of the gold score, 95 % interval")
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "figures" / "language_differences.png", dpi=120)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, reward in zip(axes, keys["reward"].unique()):
+
+    curves, (axes,) = plt.subplots(**size, figsize=(10, 4))
+    for axis, reward in zip(axes, rewards):
         for color, method in enumerate(("PPO", "SPPO", "PPO without KL")):
-            means = (
-                table[(table["reward"] == reward) & (table["method"] == method)]
-                .groupby("step")[measures]
-                .mean()
-            )
-            axis.plot(
-                means["kl"],
-                means["gold_score"],
-                "o-",
-                color=f"C{color}",
-                markersize=3,
-                label=f"{method}: gold",
-            )
-            axis.plot(
-                means["kl"], means["score"], "--", color=f"C{color}", label=f"{method}: the reward"
-            )
+            means = table.loc[reward, method]
+            style = {"color": f"C{color}", "markersize": 3}
+            axis.plot(means.kl, means.gold_score, "o-", label=f"{method}: gold", **style)
+            axis.plot(means.kl, means.score, "--", label=f"{method}: the reward", **style)
         axis.set(title=f"reward: {reward}", xlabel="KL to the reference (nats a response)")
         axis.legend(fontsize=7)
     axes[0].set_ylabel("mean score of held-out prompts")
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "figures" / "language_gold_kl.png", dpi=120)
+
+    for name, figure in (("differences", intervals), ("gold_kl", curves)):
+        figure.tight_layout()
+        figure.savefig(PAGE.parent / "figures" / f"language_{name}.png", dpi=120)
 
 
 def main(args: Args) -> None:
     if args.report:
-        return report(args.results)
+        draw(args.results)
+        page = PAGE.read_text(encoding="utf-8")
+        start, _, end = re.split("(?<=<!--rewards-->)|(?=<!--/-->)", page)
+        return PAGE.write_text(f"{start}\n\n{report(args.results)}\n\n{end}", encoding="utf-8")
     runs = itertools.product(args.seeds, args.rewards, args.methods)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda run: train(args, run[1], run[2], run[0]), runs))
