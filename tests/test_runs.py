@@ -28,7 +28,7 @@ import sa2c_continuous
 import sppo_atari
 import sppo_continuous
 
-GAMES = "--env-id ALE/Breakout-v5 --num-envs 2 --num-steps 128 --total-timesteps 600 --no-cuda"
+GAMES = "--env-id ALE/Breakout-v5 --num-envs 4 --num-steps 64 --total-timesteps 600 --no-cuda"
 POLE = "--env-id CartPole-v1 --num-steps 256 --total-timesteps 600"
 NOISE = "--reward-noise 0.1 --advantage-noise 0.1"
 WATCHED = "--eval-interval 250 --capture-video"
