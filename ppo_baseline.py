@@ -323,7 +323,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and deviation 1. Small ones may change sign, as by noise."""
+    """Advantages (batch,) with mean 0 and deviation 1. Subtracting the mean turns some signs."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -431,7 +431,7 @@ def evaluate(agent: nn.Module, envs, args: Args, device: torch.device) -> np.nda
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names, so that a resumed run need not have saved them."""
+    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -445,7 +445,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
+    """The flags; with --resume also the checkpoint, whose flags replace those not typed."""
     args = tyro.cli(Args)
     if is_game(args.env_id):  # of a flag that comes twice the last value holds
         args = tyro.cli(Args, args=ATARI_DEFAULTS.split() + sys.argv[1:])
@@ -517,7 +517,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, envs, args, device)
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
+            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
 

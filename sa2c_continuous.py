@@ -130,20 +130,20 @@ class Environment:
 
     def reset(self, seed: int | None = None) -> None:
         obs, _ = self.env.reset(seed=seed)
-        if seed is None or self.obs_stats.count == 0:  # not when a run is resumed
+        if seed is None or self.obs_stats.count == 0:  # not on --resume: scores repeat
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         self.score, self.length = 0.0, 0
         self.discounted_return = 0.0
 
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """Returns the normalised reward, and whether the episode is terminated or truncated."""
+        """Returns the normalised reward, not yet clipped, and if it is terminated or truncated."""
         obs, reward, terminated, truncated, _ = self.env.step(action)
         self.score += reward
         self.length += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
-        if not (terminated or truncated):  # a last observation only tells what follows is worth
+        if not (terminated or truncated):  # nobody acts on a last one, it is only valued
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         return reward / self.return_stats.std, terminated, truncated
@@ -188,12 +188,12 @@ class BinnedAgent(nn.Module):
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environment gets for bins (D,)."""
         action = self.bins[np.arange(len(self.bins)), action]
-        return action.reshape(self.space.shape).astype(self.space.dtype)[()]
+        return action.reshape(self.space.shape).astype(self.space.dtype)[()]  # Discrete: a scalar
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
         logits = self.policy(obs).view(-1, *self.bins.shape)
-        logprobs = logits.movedim(2, 0).log_softmax(0)  # (bins, batch, D): same numbers, faster
+        logprobs = logits.movedim(2, 0).log_softmax(0)  # bins first is faster than log_softmax(2)
         logprob = logprobs.gather(0, action.unsqueeze(0)).squeeze(0)
         entropy = -(logprobs.exp() * logprobs).sum((0, 2))
         return logprob, entropy, self.value(obs).squeeze(1)
@@ -241,7 +241,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and deviation 1. Small ones may change sign, as by noise."""
+    """Advantages (batch,) with mean 0 and deviation 1. Subtracting the mean turns some signs."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -333,7 +333,7 @@ def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.n
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names, so that a resumed run need not have saved them."""
+    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -347,7 +347,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
+    """The flags; with --resume also the checkpoint, whose flags replace those not typed."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -392,11 +392,11 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a typed one holds
-    env.reset(seed=np.random.randint(2**31))
+    env.reset(seed=np.random.randint(2**31))  # a resumed run starts a new episode
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
-        step = iteration * args.num_steps  # step % interval < num_steps: at or just past one
+        step = iteration * args.num_steps  # step % n < num_steps: at, or just past, a multiple of n
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
@@ -405,7 +405,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
+            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
 

@@ -10,8 +10,9 @@ action taken, the product over dimensions, π_old when it was taken, r = π / π
 Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. Reverse
 cross-entropy is -Σ_b π(b) log p(b): as log 1 is 0 and Z < 0 replaces log 0, it is -Z · (1 - π).
 
-α = 1, β = 0 is PPO. The gradient of (1 - π) / π_old is that of -r, so SPPO has PPO's policy
-gradient times α + β|Z|, which the paper does not say: `--alpha 20.5 --beta 0` trains the same.
+α = 1, β = 0 is PPO. (1 - π) / π_old is 1/π_old - r, where 1/π_old has no gradient: SPPO has PPO's
+policy gradient times α + β|Z|, which the paper does not say. So `--alpha 20.5 --beta 0` trains the
+same. Under Adam such a factor acts by `max_grad_norm`, which policy and value share.
 
 One iteration:
     1. act for `num_steps` steps                                    collect
@@ -68,7 +69,6 @@ class Args:
     # noise that the learner sees; reported returns are clean
     reward_noise: float = 0.0  # standard deviation of Gaussian noise on the normalised reward
     advantage_noise: float = 0.0  # probability that an advantage changes sign, in each minibatch
-    # the run
     eval_interval: int = 0  # steps between evaluations; 0: only one, after training
     eval_episodes: int = 10  # episodes in an evaluation, with the most probable actions
     checkpoint_interval: int = 20_000  # steps between checkpoints
@@ -132,20 +132,20 @@ class Environment:
 
     def reset(self, seed: int | None = None) -> None:
         obs, _ = self.env.reset(seed=seed)
-        if seed is None or self.obs_stats.count == 0:  # not when a run is resumed
+        if seed is None or self.obs_stats.count == 0:  # not on --resume: scores repeat
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         self.score, self.length = 0.0, 0
         self.discounted_return = 0.0
 
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """Returns the normalised reward, and whether the episode is terminated or truncated."""
+        """Returns the normalised reward, not yet clipped, and if it is terminated or truncated."""
         obs, reward, terminated, truncated, _ = self.env.step(action)
         self.score += reward
         self.length += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
-        if not (terminated or truncated):  # a last observation only tells what follows is worth
+        if not (terminated or truncated):  # nobody acts on a last one, it is only valued
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         return reward / self.return_stats.std, terminated, truncated
@@ -190,12 +190,12 @@ class BinnedAgent(nn.Module):
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """What the environment gets for bins (D,)."""
         action = self.bins[np.arange(len(self.bins)), action]
-        return action.reshape(self.space.shape).astype(self.space.dtype)[()]
+        return action.reshape(self.space.shape).astype(self.space.dtype)[()]  # Discrete: a scalar
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
         logits = self.policy(obs).view(-1, *self.bins.shape)
-        logprobs = logits.movedim(2, 0).log_softmax(0)  # (bins, batch, D): same numbers, faster
+        logprobs = logits.movedim(2, 0).log_softmax(0)  # bins first is faster than log_softmax(2)
         logprob = logprobs.gather(0, action.unsqueeze(0)).squeeze(0)
         entropy = -(logprobs.exp() * logprobs).sum((0, 2))
         return logprob, entropy, self.value(obs).squeeze(1)
@@ -203,8 +203,8 @@ class BinnedAgent(nn.Module):
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     """α · forward + β · reverse, and the two terms. `logprob`, `old_logprob`: (batch, D), a column
-    for each action dimension; `advantage`: (batch,). m and 1/π_old are as in the paper's released
-    code. Without 1/π_old, our variant, the reverse term is -m · A · Z · mean_d(1 - π_d)."""
+    for each action dimension; `advantage`: (batch,). As in the paper's released code. Without
+    1/π_old, our variant, 1 - π is mean_d(1 - π_d), for over many dimensions π is almost 0."""
     old_joint_logprob = old_logprob.sum(1)
     ratio = (logprob.sum(1) - old_joint_logprob).exp()
     unclipped = ratio * advantage
@@ -213,7 +213,7 @@ def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
 
     mask = unclipped <= clipped  # m: `min` takes r·A; inside the clip range both are equal
     if args.importance_weighted_reverse:
-        weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old = 1/π_old - r
+        weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # 1/π_old - r, kept finite
     else:
         weight = (1 - logprob.exp()).mean(1)
     reverse_loss = -(mask * advantage * args.Z * weight).mean()
@@ -231,7 +231,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and deviation 1. Small ones may change sign, as by noise."""
+    """Advantages (batch,) with mean 0 and deviation 1. Subtracting the mean turns some signs."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -244,7 +244,7 @@ def flip_signs(advantage: torch.Tensor, probability: float) -> torch.Tensor:
 def collect(env: Environment, agent: BinnedAgent, num_steps: int) -> tuple[dict, list]:
     """Acts with π. Returns arrays (num_steps, …), and (step, return, length) of ended episodes."""
     policy = in_numpy(agent.policy)
-    gumbel = np.random.gumbel(size=(num_steps, agent.bins.size))  # argmax(logits + it) samples π
+    gumbel = np.random.gumbel(size=(num_steps, agent.bins.size))  # Gumbel-max: argmax samples π
     rollout = defaultdict(list)
     finished = []
     for t in range(num_steps):
@@ -286,7 +286,7 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
         "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         "advantage/sign_flips_normalization": (advantage * raw_advantage < 0).float().mean(),
     }
-    if not args.importance_weighted_reverse:  # the mean of α + β|Z|π_d / D, PPO's factor at r = 1
+    if not args.importance_weighted_reverse:  # PPO's mean factor, α + β|Z|π_d / D at r = 1
         share = old_logprob.exp().mean() / old_logprob.shape[1]
         logged["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share
     return loss, {tag: value.detach() for tag, value in logged.items()}
@@ -294,17 +294,16 @@ def minibatch_loss(agent, obs, action, old_logprob, raw_advantage, returns, args
 
 def update(agent, optimizer, batch: tuple, args: Args, loss_function=minibatch_loss) -> dict:
     """Learns from a batch (obs, actions, log π_old, advantages, returns). Returns logged means."""
-    parameters = list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
-        inds = torch.randperm(len(batch[0]))
+        inds = torch.randperm(len(batch[0]))  # a minibatch is a part of each array of `batch`
         minibatches = zip(*(x[inds].chunk(args.num_minibatches) for x in batch))
         for obs, action, old_logprob, advantage, returns in minibatches:
             advantage = flip_signs(advantage, args.advantage_noise)
             loss, logged = loss_function(agent, obs, action, old_logprob, advantage, returns, args)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             history.append(logged | {"losses/grad_norm": grad_norm})
     return {tag: torch.stack([x[tag] for x in history]).mean().item() for tag in history[0]}
@@ -334,7 +333,7 @@ def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.n
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names, so that a resumed run need not have saved them."""
+    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -348,7 +347,7 @@ def save_checkpoint(path: Path, args: Args, step: int, parts: dict) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
+    """The flags; with --resume also the checkpoint, whose flags replace those not typed."""
     args = tyro.cli(Args)
     checkpoint = None
     try:
@@ -394,11 +393,11 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a typed one holds
-    env.reset(seed=np.random.randint(2**31))
+    env.reset(seed=np.random.randint(2**31))  # a resumed run starts a new episode
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
     for iteration in tqdm(range(first, num_iterations + 1), unit_scale=args.num_steps):
-        step = iteration * args.num_steps  # step % interval < num_steps: at or just past one
+        step = iteration * args.num_steps  # step % n < num_steps: at, or just past, a multiple of n
         last = iteration == num_iterations  # one extra round: only save and evaluate
         evaluating = last or (args.eval_interval > 0 and step % args.eval_interval < args.num_steps)
         if evaluating or step % args.checkpoint_interval < args.num_steps:
@@ -407,7 +406,8 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)  # +1: resume redoes
+            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
+            writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break
 

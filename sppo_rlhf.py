@@ -299,7 +299,7 @@ def gae(rewards, values, next_values, dones, gamma: float, gae_lambda: float):
 
 
 def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """Advantages (batch,) with mean 0 and deviation 1. Small ones may change sign, as by noise."""
+    """Advantages (batch,) with mean 0 and deviation 1. Subtracting the mean turns some signs."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -437,7 +437,7 @@ def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[st
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names, so that a resumed run need not have saved them."""
+    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -461,7 +461,7 @@ def save_model(folder: Path, agent: LanguageAgent, args: Args) -> None:
 
 
 def read_flags() -> tuple[Args, dict | None]:
-    """The flags; with --resume also the checkpoint, whose flags hold where none is typed."""
+    """The flags; with --resume also the checkpoint, whose flags replace those not typed."""
     args = tyro.cli(Args)
     checkpoint = None
     with refusing(args.resume or ""):
