@@ -9,7 +9,9 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+import study_file
 import torch
+import tyro
 
 ROOT = Path(__file__).parent.parent
 COURSE = ROOT / "course"
@@ -227,18 +229,17 @@ def test_the_own_reverse_term_is_what_the_written_script_trains(tmp_path):
     )
 
 
-def test_the_study_of_sheet_3_is_a_study(tmp_path):
-    import study_file
-
-    path = tmp_path / "own.py"
-    solution = load(COURSE / "solutions" / "sheet3_own_reverse_term.py", "solution3")
-    path.write_text(sheet3.own_source(solution), encoding="utf-8")
-    text = (ROOT / sheet3.STUDY).read_text(encoding="utf-8")
+def test_the_study_of_sheet_3_is_a_study():
+    """Of the written script and of PPO, with flags that they have."""
+    table = tomllib.loads((ROOT / sheet3.STUDY).read_text(encoding="utf-8"))
+    study = study_file.build(table, "own", None)
     written = sheet3.OWN_SCRIPT.relative_to(ROOT).as_posix()
-    assert text.count(f'"{written} ') == 1
-    study = study_file.build(tomllib.loads(text.replace(written, str(path))), "own", None)
-    study_file.check_flags(study)
-    assert study.seeds == 5 and len(study.cells) == 2 + 5 * 3 * 2
+    weights = {("own", "CartPole-v1", condition): "7" for condition in study.conditions}
+    commands = [cell.command(weights).split() for cell in study.cells]
+    for script, *flags in commands:
+        assert script in (written, "sppo_continuous.py")
+        sppo_continuous.validate(tyro.cli(sppo_continuous.Args, args=flags))
+    assert study.seeds == 5 and len(commands) == 2 + 5 * 3 * 2
 
 
 def test_the_notebook_runs(monkeypatch):

@@ -15,9 +15,11 @@ A, "returns": the value loss is the script's many times over, too, but the expla
 good. The value network learns well; its targets have another scale, since their standard deviation
 is made 1 in each batch. They also move from batch to batch, and the value loss jumps with them.
 
-D, "old policy": the entropy falls fastest, while KL and the fraction clipped are on average the
-lowest. The policy goes further in an iteration than its KL says. The KL is measured from where the
-first epoch has ended. The clip range starts anew there, and PPO's limit holds no longer.
+D, "old policy": the entropy falls fastest, and yet KL and the fraction clipped are not above the
+script's. The policy goes further in an iteration than its KL says. The KL is measured from where
+the first epoch has ended. The clip range starts anew there, and PPO's limit holds no longer.
+
+With `--seed 2`, A, C and D give themselves away by the same curves.
 """
 
 import sys
