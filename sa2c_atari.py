@@ -303,7 +303,7 @@ def evaluate(agent: AtariAgent, args: Args, device: torch.device, video: Path) -
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
+    """Seeds all generators from these names, so none is saved and evaluating disturbs nothing."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -389,7 +389,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             with bf16:
                 scores = evaluate(agent, args, device, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
+            # step + 1, for a run that resumes here evaluates again: it hides points after `step`.
             writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break

@@ -130,7 +130,7 @@ class Environment:
 
     def reset(self, seed: int | None = None) -> None:
         obs, _ = self.env.reset(seed=seed)
-        if seed is None or self.obs_stats.count == 0:  # not on --resume: scores repeat
+        if seed is None or self.obs_stats.count == 0:  # else scoring a run again would differ
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         self.score, self.length = 0.0, 0
@@ -193,7 +193,7 @@ class BinnedAgent(nn.Module):
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
         logits = self.policy(obs).view(-1, *self.bins.shape)
-        logprobs = logits.movedim(2, 0).log_softmax(0)  # bins first is faster than log_softmax(2)
+        logprobs = logits.movedim(2, 0).log_softmax(0)  # (bins, batch, D), which is faster
         logprob = logprobs.gather(0, action.unsqueeze(0)).squeeze(0)
         entropy = -(logprobs.exp() * logprobs).sum((0, 2))
         return logprob, entropy, self.value(obs).squeeze(1)
@@ -333,7 +333,7 @@ def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.n
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
+    """Seeds all generators from these names, so none is saved and evaluating disturbs nothing."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -391,7 +391,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        optimizer.param_groups[0]["lr"] = args.learning_rate  # a typed one holds
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # not the saved one
     env.reset(seed=np.random.randint(2**31))  # a resumed run starts a new episode
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
@@ -405,7 +405,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
+            # step + 1, for a run that resumes here evaluates again: it hides points after `step`.
             writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break

@@ -10,9 +10,9 @@ action taken, the product over dimensions, π_old when it was taken, r = π / π
 Cross-entropy is -Σ_b p(b) log π(b), where p is 1 for the action taken, else 0. Reverse
 cross-entropy is -Σ_b π(b) log p(b): as log 1 is 0 and Z < 0 replaces log 0, it is -Z · (1 - π).
 
-α = 1, β = 0 is PPO. (1 - π) / π_old is 1/π_old - r, where 1/π_old has no gradient: SPPO has PPO's
-policy gradient times α + β|Z|, which the paper does not say. So `--alpha 20.5 --beta 0` trains the
-same. Under Adam such a factor acts by `max_grad_norm`, which policy and value share.
+α = 1, β = 0 is PPO. As (1 - π) / π_old = 1/π_old - r, the gradient of `reverse` is |Z| times that
+of `forward`: SPPO has PPO's policy gradient times α + β|Z|, and `--alpha 20.5 --beta 0` trains the
+same (not in the paper). Adam cancels such a factor, but gradients are clipped before, together.
 
 One iteration:
     1. act for `num_steps` steps                                    collect
@@ -132,7 +132,7 @@ class Environment:
 
     def reset(self, seed: int | None = None) -> None:
         obs, _ = self.env.reset(seed=seed)
-        if seed is None or self.obs_stats.count == 0:  # not on --resume: scores repeat
+        if seed is None or self.obs_stats.count == 0:  # else scoring a run again would differ
             self.obs_stats.update(obs)
         self.obs = self.normalize(obs)
         self.score, self.length = 0.0, 0
@@ -195,7 +195,7 @@ class BinnedAgent(nn.Module):
     def forward(self, obs: torch.Tensor, action: torch.Tensor):
         """Log-probabilities of these bins (batch, D); entropies and values (batch,)."""
         logits = self.policy(obs).view(-1, *self.bins.shape)
-        logprobs = logits.movedim(2, 0).log_softmax(0)  # bins first is faster than log_softmax(2)
+        logprobs = logits.movedim(2, 0).log_softmax(0)  # (bins, batch, D), which is faster
         logprob = logprobs.gather(0, action.unsqueeze(0)).squeeze(0)
         entropy = -(logprobs.exp() * logprobs).sum((0, 2))
         return logprob, entropy, self.value(obs).squeeze(1)
@@ -203,8 +203,8 @@ class BinnedAgent(nn.Module):
 
 def symmetric_ppo_loss(logprob, old_logprob, advantage, clip_coef, args: Args):
     """α · forward + β · reverse, and the two terms. `logprob`, `old_logprob`: (batch, D), a column
-    for each action dimension; `advantage`: (batch,). As in the paper's released code. Without
-    1/π_old, our variant, 1 - π is mean_d(1 - π_d), for over many dimensions π is almost 0."""
+    for each action dimension; `advantage`: (batch,). Source: the paper's released code. In our
+    variant, without 1/π_old, 1 - π is mean_d(1 - π_d), for over many dimensions π is almost 0."""
     old_joint_logprob = old_logprob.sum(1)
     ratio = (logprob.sum(1) - old_joint_logprob).exp()
     unclipped = ratio * advantage
@@ -333,7 +333,7 @@ def evaluate(agent: BinnedAgent, normalize_obs, args: Args, video: Path) -> np.n
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
+    """Seeds all generators from these names, so none is saved and evaluating disturbs nothing."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
@@ -392,7 +392,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        optimizer.param_groups[0]["lr"] = args.learning_rate  # a typed one holds
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # not the saved one
     env.reset(seed=np.random.randint(2**31))  # a resumed run starts a new episode
     run, writer = start_logging(args, first_step=first * args.num_steps + 1)
 
@@ -406,7 +406,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if evaluating:
             scores = evaluate(agent, env.normalize, args, run / f"{step}.mp4")
             tqdm.write(f"score at {step} steps: {scores.mean():.2f} +- {scores.std():.2f}")
-            # step + 1: a run that resumes here evaluates again, so it hides points after `step`.
+            # step + 1, for a run that resumes here evaluates again: it hides points after `step`.
             writer.add_scalar("eval/episodic_return", scores.mean(), step + 1)
         if last:
             break

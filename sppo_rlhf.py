@@ -437,7 +437,7 @@ def update(agent: LanguageAgent, optimizer, batch: tuple, args: Args) -> dict[st
 
 
 def set_seeds(*names) -> None:
-    """Seeds all generators from these names: none must be saved, no evaluation disturbs them."""
+    """Seeds all generators from these names, so none is saved and evaluating disturbs nothing."""
     random.seed(" ".join(map(str, names)))
     np.random.seed(random.getrandbits(32))
     torch.manual_seed(random.getrandbits(63))
