@@ -209,6 +209,7 @@ def test_a_patch_that_no_longer_fits_is_an_error():
     for text in ("nothing", "twice twice"):
         with pytest.raises(ValueError, match="instead of once"):
             patched(text, [("twice", "once")])
+    assert patched("x  # why\ny\n", [("x\ny\n", "z\n")]) == "z\n"  # whatever a comment says
 
 
 def test_the_own_reverse_term_is_what_the_written_script_trains(tmp_path):

@@ -18,13 +18,13 @@ WEIGHTS = [(0.5, 20.0, -1.0), (1.0, 1.0, -0.5), (0.0, 2.0, -2.0)]  # α, β, Z
 LOSS = "def symmetric_ppo_loss("
 TWO_WEIGHTS = """\
     if args.importance_weighted_reverse:
-        weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio  # (1 - π) / π_old = 1/π_old - r
+        weight = (-old_joint_logprob.clamp(min=-80)).exp() - ratio
     else:
         weight = (1 - logprob.exp()).mean(1)
 """
 ONE_WEIGHT = "    weight = reverse_weight(logprob.sum(1), old_joint_logprob)\n"
 LOG_IF_PLAIN = """\
-    if not args.importance_weighted_reverse:  # the mean of α + β|Z|π_d / D, PPO's factor at r = 1
+    if not args.importance_weighted_reverse:
         share = old_logprob.exp().mean() / old_logprob.shape[1]
         logged["losses/mean_weight"] = args.alpha + args.beta * abs(args.Z) * share
 """
