@@ -290,9 +290,10 @@ def test_crashed_runs_are_reported_and_the_others_go_on(tmp_path, main, capsys):
 
 # What the command does once it has read the study.
 RUN_HERE = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from study_run import run_here
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
 list(run_here(json.loads(sys.argv[1]), Path(sys.argv[2]), workers=1, threads=1))
 """
 
