@@ -1,7 +1,7 @@
 """Kills a run at random moments, resumes it each time, and checks that nothing is lost but the
 steps since the last checkpoint.
 
-    python benchmark/kill.py sppo_continuous.py --kills 20 --flags "--env-id CartPole-v1"
+    python benchmark/kill.py sppo_continuous.py --kills 20 --flags="--env-id CartPole-v1"
     python benchmark/kill.py sppo_atari.py --kills 5 --checkpoint-interval 4096
 
 At each kill, the checkpoint is whole, not older than the one before, and its numbers are finite. At
