@@ -283,8 +283,7 @@ def test_any_classifier_judges_a_text_by_itself(kind, make, tmp_path):
 # --------------------------------------------------------------- what users of such code report
 
 
-@AGENTS
-@LORA
+@PAIRS
 def test_ratios_are_1_before_the_first_step(kind, lora_rank, make):
     """Prompts differ in length, the parts in which old and new probabilities are computed in
     size."""
@@ -458,8 +457,7 @@ def test_empty_responses_have_a_reward_and_can_be_trained(make):
     assert np.isfinite([*stats.values()]).all() and weights.isfinite().all()
 
 
-@AGENTS
-@LORA
+@PAIRS
 def test_every_parameter_has_a_gradient_but_those_of_the_reference(kind, lora_rank, make):
     args = make(kind, lora_rank=lora_rank)
     agent, judge = load(args)
