@@ -160,7 +160,7 @@ def crops(reviews, end: int, rng, shortest: int = 8) -> tuple[torch.Tensor, torc
 
 def train_classifier(args: Args, reviews, labels, epochs: float, end: int, rng, name: str):
     """On stretches of the reviews. It guesses the label after each token from the eighth on, as if
-    the text ended there: that learns faster than one guess for each stretch."""
+    the text ended there."""
     config = make_config(args, args.classifier_layers, args.classifier_width, end)
     config.id2label = {0: "negative", 1: "positive"}
     model = GPT2ForSequenceClassification(config)
