@@ -41,7 +41,7 @@ def clip_mask(logprob, old_logprob, advantage, clip_coef) -> torch.Tensor:
     ratio = (logprob - old_logprob).exp()
     too_high = (ratio > 1 + clip_coef) & (advantage > 0)
     too_low = (ratio < 1 - clip_coef) & (advantage < 0)
-    return ~(too_high | too_low)
+    return (~(too_high | too_low)).float()
 
 
 def reverse_term(logprob, old_logprob, advantage, Z, clip_coef) -> torch.Tensor:
