@@ -130,27 +130,44 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("name, exercise, right, wrong", MISTAKES)
-def test_a_wrong_answer_is_not_right_yet(name, exercise, right, wrong, tmp_path):
+def changed_verdicts(name: str, pairs: list, folder: Path) -> dict[str, str]:
+    """The verdicts on a solution with some text of it replaced."""
     text = (COURSE / "solutions" / f"{name}.py").read_text(encoding="utf-8")
     text = text.replace("Path(__file__).resolve().parent.parent", repr(str(COURSE)))
-    path = tmp_path / "sheet.py"
-    path.write_text(patched(text, [(right, wrong)]), encoding="utf-8")
-    verdict = CHECKS[name].check(load(path, "wrong_sheet"))[exercise]
-    assert verdict.startswith(NOT_YET)
+    path = folder / "sheet.py"
+    path.write_text(patched(text, pairs), encoding="utf-8")
+    return CHECKS[name].check(load(path, "changed_sheet"))
+
+
+@pytest.mark.parametrize("name, exercise, right, wrong", MISTAKES)
+def test_a_wrong_answer_is_not_right_yet(name, exercise, right, wrong, tmp_path):
+    assert changed_verdicts(name, [(right, wrong)], tmp_path)[exercise].startswith(NOT_YET)
+
+
+@pytest.mark.parametrize(
+    "exercise, right, wrong, hint",
+    [
+        ("gae", "following = 0.0  # A_{t+1}", "following = 1.0  # A_{t+1}", "the last at t = 39"),
+        ("reverse_term", "-(mask * advantage", "-(advantage", "is m missing?"),
+    ],
+)
+def test_a_verdict_says_where_to_look(exercise, right, wrong, hint, tmp_path):
+    verdicts = changed_verdicts("sheet1_equations", [(right, wrong)], tmp_path)
+    assert verdicts[exercise].endswith(hint)
+
+
+def test_the_mask_of_sheet_1_may_have_booleans(tmp_path):
+    verdicts = changed_verdicts("sheet1_equations", [(").float()", ")")], tmp_path)
+    assert set(verdicts.values()) == {RIGHT}
 
 
 def test_a_factor_on_the_released_term_has_the_matched_control(tmp_path):
     """The other answer of sheet 3, exercise 4, can be right, too."""
-    text = (COURSE / "solutions" / "sheet3_own_reverse_term.py").read_text(encoding="utf-8")
-    text = text.replace("Path(__file__).resolve().parent.parent", repr(str(COURSE)))
     pairs = [
         ("2 * (1 - (logprob / 2).exp())", "-2 * (logprob - old_logprob).exp()"),
         ('CONTROL = "mean weight"', 'CONTROL = "matched"'),
     ]
-    path = tmp_path / "sheet.py"
-    path.write_text(patched(text, pairs), encoding="utf-8")
-    verdicts = sheet3.check(load(path, "doubled_sheet"))
+    verdicts = changed_verdicts("sheet3_own_reverse_term", pairs, tmp_path)
     assert verdicts["reverse_weight"] == verdicts["CONTROL"] == RIGHT
 
 

@@ -45,8 +45,9 @@ def to_array(x) -> np.ndarray:
     return np.asarray(x, dtype=np.float64)
 
 
-def differs(answer, expected, what: str = "the result") -> str:
-    """What is wrong with an answer; an empty text if it is the same but for rounding."""
+def differs(answer, expected, what: str = "the result", index: str = "i") -> str:
+    """What is wrong with an answer; an empty text if it is the same but for rounding. `index` is
+    what the equations call a place."""
     if answer is None:
         return f"{what} is None; is a `return` missing?"
     answer, expected = to_array(answer), to_array(expected)
@@ -55,7 +56,10 @@ def differs(answer, expected, what: str = "the result") -> str:
     wrong = ~np.isclose(answer, expected, rtol=1e-6, atol=1e-9)
     if not wrong.any():
         return ""
-    return f"{what} is wrong" + f" in {wrong.sum()} of {wrong.size} places" * (wrong.ndim > 0)
+    if wrong.ndim == 0:
+        return f"{what} is wrong"
+    places = f"in {wrong.sum()} of {wrong.size} places"
+    return f"{what} is wrong {places}; the last at {index} = {np.flatnonzero(wrong)[-1]}"
 
 
 def patched(text: str, replacements: list[tuple[str, str]]) -> str:

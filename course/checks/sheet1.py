@@ -80,7 +80,7 @@ def gae_cases():
 def check_gae(sheet: ModuleType) -> str:
     for (*arrays, gamma, gae_lambda), expected in gae_cases():
         advantages = sheet.gae(*[x.copy() for x in arrays], gamma, gae_lambda)
-        wrong = differs(advantages, expected, "the array of advantages")
+        wrong = differs(advantages, expected, "the array of advantages", "t")
         if wrong:
             return wrong
     return ""
@@ -108,6 +108,11 @@ def check_clip_mask(sheet: ModuleType) -> str:
     return ""
 
 
+def unmasked_reverse_term(logprob, old_logprob, advantage, Z: float) -> torch.Tensor:
+    """A typical mistake."""
+    return -(advantage * Z * (1 - logprob.exp()) / old_logprob.exp()).mean()
+
+
 def check_reverse_term(sheet: ModuleType) -> str:
     for seed, (clip_coef, Z) in enumerate(BATCHES):
         batch = make_batch(seed, clip_coef)
@@ -115,7 +120,8 @@ def check_reverse_term(sheet: ModuleType) -> str:
         loss = sheet.reverse_term(*batch, Z, clip_coef)
         wrong = wrong_loss(loss, batch[0], slow["reverse"], slow["reverse_grad"])
         if wrong:
-            return wrong
+            unmasked = unmasked_reverse_term(*copies(batch), Z)
+            return wrong if differs(loss, unmasked) else f"{wrong}; is m missing?"
     return ""
 
 

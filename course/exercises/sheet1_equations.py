@@ -35,7 +35,7 @@ def forward_term(logprob, old_logprob, advantage, clip_coef) -> torch.Tensor:
 
 
 def clip_mask(logprob, old_logprob, advantage, clip_coef) -> torch.Tensor:
-    """3. m (batch,), floats: 1 where the loss of exercise 2 has a gradient, else 0.
+    """3. m (batch,), as floats: 1 where the loss of exercise 2 has a gradient, else 0.
 
     r is below, in or above the clip range, and A is positive or negative: six cases. In which two
     of them is there no gradient?"""
